@@ -1,0 +1,1 @@
+"""The inference engine: scheduler, caches, decoding strategies, models."""

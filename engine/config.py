@@ -1,0 +1,57 @@
+"""The engine's one configuration object, validated at start and printed at start."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .errors import ConfigError
+from .params import ParameterValue
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Operator's choices; None means "choose from the model and the machine" (see `resolve` in core.py).
+
+    model: a local Hugging Face folder.
+    token_budget: positions a forward may hold, prefill and denoise together.
+    kv_memory: bytes for the KV pages; on CUDA the default is `memory_fraction` of the card less weights and workspace.
+    block_size: diffusion block of a block-causal model; it changes K/V, so it is one value per loaded model.
+    mask_id, stop_ids: replace the checkpoint's own, for folders whose config.json does not name them.
+    """
+
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    quantization: Literal["none", "int8"] = "none"
+    attention: Literal["auto", "torch", "triton"] = "auto"
+    numerics: Literal["fast", "reference"] = "fast"
+    block_size: int | None = None
+    mask_id: int | None = None
+    stop_ids: tuple[int, ...] | None = None
+    max_model_len: int | None = None
+    max_running: int | None = None
+    max_queued: int = 1024
+    token_budget: int | None = None
+    page_size: int = 16
+    kv_memory: int | None = None
+    memory_fraction: float = 0.9
+    prefix_caching: bool = True
+    strategy: str | None = None
+    strategy_parameters: dict[str, ParameterValue] = {}
+    check_invariants: bool = False
+    threads: int | None = None
+    random_weights: bool = False  # benchmarks of a shape whose weights are not at hand
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, what: str) -> None:
+            if not ok:
+                raise ConfigError(what)
+
+        require(self.page_size >= 1 and self.page_size & (self.page_size - 1) == 0, "page_size must be a power of two")
+        require(self.block_size is None or 1 <= self.block_size <= 256, "block_size must be between 1 and 256")
+        require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len must be at least 2")
+        require(self.max_running is None or self.max_running >= 1, "max_running must be at least 1")
+        require(self.max_queued >= 0, "max_queued must not be negative")
+        require(self.token_budget is None or self.token_budget >= 1, "token_budget must be at least 1")
+        require(0.05 <= self.memory_fraction <= 0.98, "memory_fraction must be between 0.05 and 0.98")

@@ -1,0 +1,1 @@
+"""Conformance: golden fixtures of the original reference code, replayed through the paged engine."""

@@ -1,0 +1,36 @@
+"""`linocut conformance FOLDER`: every case of a golden folder, a line each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from .decode import run_fast_dllm_v2, run_sdar
+from .fixture import Fixture, Result
+from .forward import run_forward_cases
+from .jacobi import run_jacobi
+
+DECODERS = {"fast_dllm_v2": run_fast_dllm_v2, "sdar": run_sdar, "jacobi_qwen2": run_jacobi}
+
+
+def run_fixture(folder: Path) -> list[Result] | None:
+    """Results of all cases, or None if the folder's family is not built yet. Raises ModelError for a broken folder."""
+    fixture = Fixture(folder)
+    if not fixture.built:
+        return None
+    return run_forward_cases(fixture) + DECODERS[fixture.family](fixture)
+
+
+def conformance(folder: Path) -> int:
+    """Print the results; returns the exit status: 0 all passed, 1 a case failed, 2 the family is not built yet."""
+    results = run_fixture(folder)
+    if results is None:
+        fixture = Fixture(folder)
+        print(f"{fixture.family}: not built yet, {fixture.case_count} cases were not run")
+        return 2
+    for result in results:
+        print(f"{result.outcome:16s} {result.case}" + (f"  ({result.detail})" if result.detail else ""))
+    count = Counter(result.outcome for result in results)
+    known = count["known difference"]
+    print(f"{count['pass']} passed, {count['fail']} failed" + (f", {known} known differences" if known else ""))
+    return 1 if count["fail"] else 0

@@ -1,0 +1,138 @@
+"""The engine core: requests in, steps, outputs. One process, one device, no I/O."""
+
+from __future__ import annotations
+
+import time
+
+from .errors import ParameterError
+from .loading import LoadedModel
+from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, FinishReason
+from .plan import RowReport, StepPlan
+from .sequence import Sequence
+
+
+class EngineCore:
+    """Schedules and executes steps for one loaded model."""
+
+    def __init__(self, model: LoadedModel, *, check_invariants: bool = False) -> None:
+        self.info, self.traits = model.info, model.traits
+        self.runner, self.scheduler = model.runner, model.scheduler
+        self._check = check_invariants
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._order = 0
+        self._forwards = 0
+        self._seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return self.scheduler.busy
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request's choices. Raises ParameterError if it cannot be served; then nothing was queued."""
+        self.validate(request)
+        causal = self.traits.mask_id is None
+        feed = int(request.decoding.values.get("draft_length", 1)) if causal else 0
+        leader: Sequence | None = None
+        choices = []
+        for choice in range(request.n):
+            sequence = Sequence(
+                request, choice, self._order, self.traits.block_size, self.traits.commit_seeds, feed, leader
+            )
+            leader = leader or sequence
+            self._order += 1
+            choices.append(sequence)
+            self.scheduler.add(sequence)
+        self._sequences[request.request_id] = choices
+
+    def validate(self, request: AddRequest) -> None:
+        """Raise ParameterError for what would harm the engine or cannot fit it."""
+        info = self.info
+        if request.request_id in self._sequences:
+            raise ParameterError("request_id", f"request id {request.request_id!r} is in use")
+        if request.n < 1:
+            raise ParameterError("n", "n must be at least 1")
+        if not request.prompt:
+            raise ParameterError("prompt", "the prompt is empty")
+        if min(request.prompt) < 0 or max(request.prompt) >= info.vocab_size:
+            raise ParameterError("prompt", f"token ids must lie in 0..{info.vocab_size - 1}")
+        if any(not 0 <= stop < info.vocab_size for stop in request.sampling.stop_token_ids):
+            raise ParameterError("stop_token_ids", f"token ids must lie in 0..{info.vocab_size - 1}")
+        if request.sampling.max_tokens < 1:
+            raise ParameterError("max_tokens", "max_tokens must be at least 1")
+        if len(request.prompt) + request.sampling.max_tokens > info.max_model_len:
+            raise ParameterError(
+                "max_tokens",
+                f"the maximum context length is {info.max_model_len} tokens, but the prompt has {len(request.prompt)} "
+                f"and max_tokens is {request.sampling.max_tokens}",
+                code="context_length_exceeded",
+            )
+        if request.decoding.strategy not in info.strategies:
+            raise ParameterError("diffusion.strategy", f"{request.decoding.strategy!r} is not valid on this model")
+
+    def abort(self, message: Abort) -> None:
+        """End choices silently; unknown ones are ignored."""
+        for sequence in list(self._sequences.get(message.request_id, ())):
+            if message.choice is None or sequence.choice == message.choice:
+                self.scheduler.abort(sequence)
+                self.forget(sequence)
+
+    def step(self) -> list[ChoiceOutput]:
+        """Plan and run one forward; returns what it committed, one entry per choice that moved or ended."""
+        began = time.perf_counter()
+        plan = self.scheduler.schedule()
+        reports = self.execute(plan)
+        outputs = []
+        for sequence, tokens in self.scheduler.update(reports):
+            if tokens or sequence.finish:
+                outputs.append(output_of(sequence, tokens, sequence.finish))
+            if sequence.finish:
+                self.forget(sequence)
+        if self._check:
+            self.scheduler.check()
+        self._forwards += bool(plan.rows)
+        self._seconds += time.perf_counter() - began
+        return outputs
+
+    def execute(self, plan: StepPlan) -> list[RowReport]:
+        return self.runner.execute(plan)
+
+    def stats(self) -> EngineStats:
+        scheduler, counters = self.scheduler, self.scheduler.counters
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_total=scheduler.pool.total,
+            pages_free=scheduler.pool.free,
+            pages_cached=scheduler.prefix.idle_pages,
+            prefix_query_tokens=scheduler.prefix.query_tokens,
+            prefix_hit_tokens=scheduler.prefix.hit_tokens,
+            preemptions=counters.preemptions,
+            forwards=self._forwards,
+            prefill_positions=counters.prefill_positions,
+            commit_positions=counters.commit_positions,
+            denoise_positions=counters.denoise_positions,
+            committed_tokens=counters.committed_tokens,
+            blocks_finished=counters.blocks_finished,
+            discarded_tokens=counters.discarded_tokens,
+            step_seconds=self._seconds,
+        )
+
+    def forget(self, sequence: Sequence) -> None:
+        choices = self._sequences.get(sequence.request.request_id, [])
+        if sequence in choices:
+            choices.remove(sequence)
+        if not choices:
+            self._sequences.pop(sequence.request.request_id, None)
+
+
+def output_of(sequence: Sequence, tokens: list[int], finish: FinishReason | None) -> ChoiceOutput:
+    return ChoiceOutput(
+        request_id=sequence.request.request_id,
+        choice=sequence.choice,
+        token_ids=tokens,
+        finish_reason=finish,
+        stop_token=sequence.stop_token,
+        forwards=sequence.forwards,
+        positions=sequence.positions,
+        cached_tokens=sequence.cached_tokens,
+    )

@@ -1,0 +1,114 @@
+"""From a decision to the row's next state: guards, end of text, next block. Tensor functions, no host in between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..family import FamilyTraits
+from ..state import RowState
+from .view import Decision, RowView, Span, WindowStatistics
+
+RUNNING, STOPPED, FULL = 0, 1, 2
+
+
+def row_view(state: RowState, slots: Tensor, window: int) -> RowView:
+    """Gather the rows `slots` ([rows] int64) and their windows of `window` positions."""
+    start = state.start[slots]
+    places = start[:, None].long() + torch.arange(window, device=start.device)
+    return RowView(
+        slots=slots,
+        start=start,
+        final_len=state.final_len[slots],
+        prompt_len=state.prompt_len[slots],
+        limit=state.limit[slots],
+        step=state.step[slots],
+        tokens=state.tokens[slots[:, None], places],
+        decided=state.decided[slots[:, None], places],
+        fresh=state.fresh[slots],
+        parameters={name: column[slots] for name, column in state.parameters.items()},
+    )
+
+
+def guard(view: RowView, statistics: WindowStatistics, decision: Decision) -> Decision:
+    """Decided positions stay as they are, and a row that asked about positions decides at least one of them.
+
+    The forced one has the best confidence, leftmost on ties. (decoding_strategies.md, section 7.4.)
+    """
+    allowed = statistics.candidates & ~view.decided
+    commit = decision.commit & allowed
+    score = torch.where(allowed, statistics.confidence, -torch.inf)
+    best = torch.zeros_like(commit).scatter_(1, score.argmax(dim=1, keepdim=True), True) & allowed
+    commit = torch.where(commit.any(dim=1, keepdim=True), commit, best)
+    return Decision(commit, decision.tokens, decision.drafts)
+
+
+def advance(
+    state: RowState,
+    view: RowView,
+    span: Span,
+    whole: Tensor,
+    decision: Decision,
+    traits: FamilyTraits,
+    stop_at_block_end: bool,
+) -> Tensor:
+    """Write a decision to the rows, find the end of their text, and move them to their next block.
+
+    whole: [rows] bool, the row ran all of its span (a chunk decides nothing). stop_at_block_end: look for stop ids only
+    once the block is full (SDAR's reference loop) instead of as soon as no undecided position stands before one.
+    Returns [rows, 2 + 2 W] int32: finish, prefix, window ids, window flags, as decided.
+    """
+    window = view.tokens.shape[1]
+    offsets = torch.arange(window, device=view.start.device)
+    places = view.start[:, None].long() + offsets
+    rows = view.slots[:, None]
+
+    commit = decision.commit & whole[:, None]
+    tokens = torch.where(commit, decision.tokens.to(view.tokens.dtype), view.tokens)
+    decided = view.decided | commit
+
+    leading = decided.int().cumprod(dim=1).sum(dim=1)
+    in_prefix = offsets < leading[:, None]
+    generated = (places >= view.prompt_len[:, None]) & (places < view.limit[:, None])
+    stops = (tokens[:, :, None] == state.stops[view.slots][:, None, :]).any(dim=2) & in_prefix & generated
+    complete = decided.all(dim=1)
+    has_stop = stops.any(dim=1)
+    stopped = has_stop & whole
+    if stop_at_block_end and traits.block_size > 1:
+        stopped = stopped & complete
+    prefix = view.start + leading
+    full = (prefix >= view.limit) & whole & ~has_stop
+    finish = torch.where(stopped, STOPPED, torch.where(full, FULL, RUNNING)).int()
+    # Nothing behind a stop id belongs to the text, also while the rest of its block is still being denoised.
+    prefix = torch.where(has_stop, view.start + stops.int().argmax(dim=1) + 1, torch.minimum(prefix, view.limit)).int()
+
+    state.tokens[rows, places] = tokens
+    state.decided[rows, places] = decided
+    state.finish[view.slots] = finish
+    done = torch.minimum(span.run_end, span.clean_end)
+    if traits.context == "token-causal" and decision.drafts is not None:
+        _place_drafts(state, view, leading, decision.drafts, whole)
+    if traits.mask_id is None:
+        start = view.start + torch.where(whole, leading, 0).int()
+        # The last token is fed again: its row predicts the next position.
+        final_len = torch.where(whole, start - 1, done)
+    else:
+        moved = complete & whole
+        start = view.start + torch.where(moved, traits.block_size, 0).int()
+        final_len = torch.maximum(view.final_len, done)
+        refined = whole & ~span.seeding
+        state.step[view.slots] = torch.where(moved, 0, view.step + refined.int()).int()
+        ran_block = whole & (span.run_start <= view.start) & ~span.seeding
+        state.fresh[view.slots] = (view.fresh | ran_block) & ~moved
+    state.start[view.slots] = start.int()
+    state.final_len[view.slots] = final_len.int()
+    return torch.cat([finish[:, None], prefix[:, None], tokens, decided.int()], dim=1)
+
+
+def _place_drafts(state: RowState, view: RowView, leading: Tensor, drafts: Tensor, whole: Tensor) -> None:
+    """Put `drafts` behind the row's new start; rows that ran a chunk keep what stands there."""
+    start = view.start + torch.where(whole, leading, 0).int()
+    places = start[:, None].long() + torch.arange(drafts.shape[1], device=start.device)
+    rows = view.slots[:, None]
+    kept = state.tokens[rows, places]
+    state.tokens[rows, places] = torch.where(whole[:, None], drafts.to(kept.dtype), kept)

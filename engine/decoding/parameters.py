@@ -1,0 +1,127 @@
+"""The parameters of every strategy, as data: names, types, bounds, defaults.
+
+Imports no torch: the server validates a request's `diffusion` object here, before anything is scheduled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Protocol
+
+import msgspec
+from msgspec import Meta
+
+from ..errors import ParameterError
+from ..params import DecodingParams, ParameterValue
+
+
+class Traits(Protocol):
+    """What decides whether a strategy is valid on a model: `FamilyTraits` and `ModelInfo` both have it."""
+
+    @property
+    def context(self) -> str: ...
+    @property
+    def block_size(self) -> int: ...
+
+
+class StaticParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Commit a fixed number of positions per forward (MaskGIT schedule; SDAR `low_confidence_static`, `sequential`)."""
+
+    denoising_steps: Annotated[int, Meta(ge=1, description="forwards a block takes; default: its length")] | None = None
+    order: Annotated[Literal["confidence", "sequential"], Meta(description="best first, or left to right")] = "confidence"
+    confidence: Annotated[
+        Literal["tempered", "filtered"],
+        Meta(description="probability before, or after, top-k/top-p/min-p (renormalised)"),
+    ] = "tempered"
+    sub_block_size: Annotated[int, Meta(ge=1, description="positions refined together; divides the block")] | None = None
+    sub_block_cache: Annotated[bool, Meta(description="refine a sub-block on stale K/V of the others (approximate)")] = False
+
+
+class ThresholdParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Commit every position whose confidence exceeds `threshold`, at least what the schedule asks for.
+
+    Fast-dLLM v2 (`generate`), SDAR `low_confidence_dynamic`. The schedule's floor is one position per forward unless
+    `denoising_steps` is less than the block.
+    """
+
+    threshold: Annotated[float, Meta(ge=0.0, le=1.0, description="commit if confidence > threshold")] = 0.9
+    denoising_steps: Annotated[int, Meta(ge=1, description="schedule that sets the floor; default: block length")] | None = None
+    confidence: Annotated[
+        Literal["tempered", "filtered"],
+        Meta(description="probability before, or after, top-k/top-p/min-p (renormalised)"),
+    ] = "tempered"
+    sub_block_size: Annotated[int, Meta(ge=1, description="positions refined together; divides the block")] | None = None
+    sub_block_cache: Annotated[bool, Meta(description="refine a sub-block on stale K/V of the others (approximate)")] = False
+
+
+class AutoregressiveParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One token a forward, left to right."""
+
+
+class JacobiParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Jacobi decoding (Jacobi Forcing, arXiv 2512.14681): the autoregressive text in fewer forwards."""
+
+    draft_length: Annotated[int, Meta(ge=2, le=256, description="rows fed a forward, the last token included")] = 16
+
+
+PARAMETERS: dict[str, type[msgspec.Struct]] = {
+    "static": StaticParams,
+    "threshold": ThresholdParams,
+    "autoregressive": AutoregressiveParams,
+    "jacobi": JacobiParams,
+}
+
+
+def strategies_for(traits: Traits) -> tuple[str, ...]:
+    """Names of the strategies that are valid on a model, the family's default first."""
+    if traits.context == "token-causal":
+        return ("autoregressive", "jacobi")
+    return ("threshold", "static")
+
+
+def resolve(
+    traits: Traits,
+    requested: dict[str, Any] | None,
+    default_strategy: str | None = None,
+    default_values: dict[str, ParameterValue] | None = None,
+) -> DecodingParams:
+    """Turn a request's `diffusion` object into complete parameters.
+
+    `requested` is {"strategy": name, **parameters} or None; the operator's defaults fill what it leaves out, where they
+    belong to the strategy in use. Raises ParameterError naming `diffusion.<field>`.
+    """
+    asked = dict(requested or {})
+    valid = strategies_for(traits)
+    default = default_strategy or valid[0]
+    name = asked.pop("strategy", None)
+    name = default if name is None else name
+    if not isinstance(name, str) or name not in PARAMETERS:
+        known = ", ".join(sorted(PARAMETERS))
+        raise ParameterError("diffusion.strategy", f"unknown strategy {str(name)[:64]!r} (known: {known})")
+    if name not in valid:
+        why = f"strategy {name!r} is not valid on this {traits.context} model (valid: {', '.join(valid)})"
+        raise ParameterError("diffusion.strategy", why)
+    cls = PARAMETERS[name]
+    fields = {f.name: f for f in msgspec.structs.fields(cls)}
+    base = {k: v for k, v in (default_values or {}).items() if name == default and k in fields}
+    merged = {**base, **{k: v for k, v in asked.items() if v is not None}}
+    for key, value in merged.items():
+        if key not in fields:
+            allowed = ", ".join(fields) or "none"
+            raise ParameterError(f"diffusion.{key}"[:80], f"unknown parameter of strategy {name!r} (it has: {allowed})")
+        try:
+            msgspec.convert(value, fields[key].type)
+        except msgspec.ValidationError as error:
+            raise ParameterError(f"diffusion.{key}", str(error)[:200]) from None
+    params = msgspec.convert(merged, cls)
+    values: dict[str, ParameterValue] = {k: v for k, v in msgspec.structs.asdict(params).items() if v is not None}
+    _check_block(traits, values)
+    return DecodingParams(strategy=name, values=values)
+
+
+def _check_block(traits: Traits, values: dict[str, ParameterValue]) -> None:
+    size = values.get("sub_block_size")
+    if isinstance(size, int) and (size > traits.block_size or traits.block_size % size):
+        raise ParameterError("diffusion.sub_block_size", f"must divide the model's block size {traits.block_size}")
+    steps = values.get("denoising_steps")
+    if isinstance(steps, int) and steps > traits.block_size:
+        raise ParameterError("diffusion.denoising_steps", f"must not exceed the model's block size {traits.block_size}")

@@ -1,0 +1,111 @@
+"""Family traits: what distinguishes one diffusion language model from another, as data.
+
+The engine has no code path named after a model; it reads these traits (design: ARCHITECTURE.md, "One idea").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import ModelError
+
+Context = Literal["block-causal", "token-causal", "full"]
+
+
+@dataclass(frozen=True)
+class FamilyTraits:
+    """How a family of checkpoints is prefetched, denoised and committed.
+
+    context: what a final token may see of the sequence before it (and, block-causal, of its own block).
+    logit_source: the row that predicts position p: p itself ("own"), or p - 1 ("previous": shifted families).
+    block_size: positions decided together; 1 is autoregressive. Blocks lie on the grid 0, B, 2B, ...
+    sub_block_size: positions of a block refined together, left to right; equal to block_size where there are none.
+    commit_seeds: the clean forward of a block also decides the next block's first position (shifted families).
+    mask_id: token at undecided positions; None where drafts stand there instead (token-causal families).
+    stop_ids: ids that end a text.
+    fused_norm: RMSNorm multiplies by the weight in float32 and rounds once (SDAR) instead of rounding before (Llama,
+        Qwen, Fast-dLLM v2).
+    """
+
+    name: str
+    context: Context
+    logit_source: Literal["own", "previous"]
+    block_size: int
+    sub_block_size: int
+    mask_id: int | None
+    stop_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...] = ()
+    fused_norm: bool = False
+
+    @property
+    def commit_seeds(self) -> bool:
+        return self.logit_source == "previous"
+
+    @property
+    def autoregressive(self) -> bool:
+        return self.context == "token-causal" and self.block_size == 1
+
+
+# model_type (lower case) of a config.json -> family name. Plain backbones are served autoregressively.
+FAMILY_OF_MODEL_TYPE = {
+    "llama": "ar",
+    "qwen2": "ar",
+    "qwen3": "ar",
+    "fast_dllm_qwen": "fast_dllm_v2",
+    "sdar": "sdar",
+}
+
+# model_type -> backbone (weight names and layer details).
+BACKBONE_OF_MODEL_TYPE = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "fast_dllm_qwen": "qwen2",
+    "sdar": "qwen3",
+}
+
+# Published mask ids, where a config.json does not name one (it normally should).
+PUBLISHED_MASK_ID = {"fast_dllm_v2": 151665, "sdar": 151669}
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
+
+
+def family_from_config(
+    config: dict[str, Any],
+    generation_config: dict[str, Any] | None = None,
+    block_size: int | None = None,
+    mask_id: int | None = None,
+) -> FamilyTraits:
+    """Derive the traits of a checkpoint from its config.json and generation_config.json.
+
+    A `linocut` object in config.json (written by our own converters) adds `banned_ids`. `block_size` and
+    `mask_id` override the checkpoint's for block-causal families. Raises ModelError for a model type that no family covers.
+    """
+    model_type = str(config.get("model_type", "")).lower()
+    name = FAMILY_OF_MODEL_TYPE.get(model_type)
+    if name is None:
+        known = ", ".join(sorted(FAMILY_OF_MODEL_TYPE))
+        raise ModelError(f"model_type {config.get('model_type')!r} is not supported (supported: {known})")
+    own = config.get("linocut") or {}
+    generation = generation_config or {}
+    stop_ids = dict.fromkeys(_ids(generation.get("eos_token_id")) + _ids(config.get("eos_token_id")))
+    common = {"stop_ids": tuple(stop_ids), "banned_ids": _ids(own.get("banned_ids"))}
+    if name == "ar":
+        if block_size not in (None, 1):
+            raise ModelError(f"block_size {block_size} does not apply to an autoregressive model (model_type {model_type})")
+        return FamilyTraits(name, "token-causal", "previous", 1, 1, None, **common)
+
+    named = config.get("mask_token_id", config.get("mask_id")) if mask_id is None else mask_id
+    mask = PUBLISHED_MASK_ID[name] if named is None else int(named)
+    if not 0 <= mask < int(config["vocab_size"]):
+        raise ModelError(f"mask id {mask} lies outside the vocabulary of {config['vocab_size']}: name it in config.json or on the command line")
+    if name == "fast_dllm_v2":
+        size = block_size or int(config.get("bd_size", 32))
+        return FamilyTraits(name, "block-causal", "previous", size, min(8, size), mask, **common)
+    size = block_size or int(config.get("block_size", 4))
+    return FamilyTraits(name, "block-causal", "own", size, size, mask, fused_norm=True, **common)

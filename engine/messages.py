@@ -1,0 +1,129 @@
+"""Messages between the server and the engine process: msgspec structs, sent as msgpack over ZeroMQ."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .params import DecodingParams, ParameterValue, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Start `n` choices of one prompt. Choice i is sampled with the noise of (seed, i).
+
+    salt: tenants with different salts never share prefix pages.
+    """
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    decoding: DecodingParams
+    n: int = 1
+    salt: str = ""
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """End a request (all its choices) or, with `choice`, one of them. Unknown ids are ignored.
+
+    No further output is sent for what is aborted.
+    """
+
+    request_id: str
+    choice: int | None = None
+
+
+class Shutdown(msgspec.Struct, tag=True, frozen=True):
+    """Stop the engine process at once; running requests are dropped."""
+
+
+EngineInput = AddRequest | Abort | Shutdown
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server must know of the loaded model and the resolved configuration."""
+
+    family: str
+    context: Literal["block-causal", "token-causal", "full"]
+    block_size: int
+    vocab_size: int
+    max_model_len: int  # prompt plus generated tokens
+    mask_id: int | None
+    stop_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...]  # ids that no request may be given as text or choose as output
+    strategies: tuple[str, ...]  # valid on this model, default first
+    default_strategy: str
+    default_parameters: dict[str, ParameterValue]
+    default_sampling: dict[str, float]  # of the checkpoint's generation_config.json
+    dtype: str
+    device: str
+    numerics: Literal["fast", "reference"]
+    page_size: int
+    pages: int
+    max_running: int
+    max_queued: int
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """First message of the engine: the model is loaded and requests are welcome."""
+
+    model: ModelInfo
+
+
+class ChoiceOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step committed to one choice.
+
+    token_ids: newly committed prefix tokens, in order; a stop id that ended the sequence is the last of them.
+    stop_token: the stop id that ended it (then finish_reason is "stop"); its text is not part of the answer.
+    forwards, positions: running totals of this choice: model forwards it took part in; positions evaluated.
+    cached_tokens: prompt tokens whose K/V came from the prefix cache.
+    """
+
+    request_id: str
+    choice: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    forwards: int = 0
+    positions: int = 0
+    cached_tokens: int = 0
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges and monotonic counters of the engine, published with outputs and at least twice a second."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0  # unreferenced but still holding a reusable prefix; not counted as free
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    forwards: int = 0
+    prefill_positions: int = 0  # clean positions of prompts
+    commit_positions: int = 0  # clean positions of generated text
+    denoise_positions: int = 0
+    committed_tokens: int = 0
+    blocks_finished: int = 0
+    discarded_tokens: int = 0  # decided but past a stop or max_tokens
+    step_seconds: float = 0.0
+
+
+class Outputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The outputs of one engine step (possibly none) and the engine's statistics."""
+
+    outputs: list[ChoiceOutput] = []
+    stats: EngineStats | None = None
+
+
+class Fatal(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Last message of a dying engine."""
+
+    error: str
+
+
+EngineOutput = Ready | Outputs | Fatal

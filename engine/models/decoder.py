@@ -1,0 +1,148 @@
+"""The decoder-only transformer of Llama, Qwen2 and Qwen3, over a paged K/V cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from linocut.kernels.attention import AttentionLayout, staircase_attention
+from linocut.kernels.backend import Backend
+from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
+from linocut.kernels.rope import rope_and_cache_write, rope_table
+
+from .backbone import Backbone
+from .linear import pack_linear
+
+Linear = Callable[[Tensor], Tensor]
+
+
+class Weights(Protocol):
+    """Where tensors come from: a checkpoint, or a generator of random ones."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+
+
+@dataclass
+class Layer:
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass
+class KVCache:
+    """Per layer, keys (rotated) and values: [pages, page_size, kv_heads, head_dim]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def page_size(self) -> int:
+        return self.keys[0].shape[1]
+
+
+def allocate_cache(backbone: Backbone, pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """Zeroed pages; page 0 takes the writes of padding rows."""
+    shape = (pages, page_size, backbone.kv_heads, backbone.head_dim)
+
+    def layers() -> list[Tensor]:
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(backbone.layers)]
+
+    return KVCache(layers(), layers())
+
+
+class Decoder:
+    """Weights of one backbone and its forward. RMSNorm rounds as the family's own code does (`fused_norm`)."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        weights: Weights,
+        *,
+        fused_norm: bool,
+        positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Literal["none", "int8"],
+        backend: Backend,
+    ) -> None:
+        self.backbone, self.fused_norm, self.backend = backbone, fused_norm, backend
+        self.dtype, self.device = dtype, device
+        b = backbone
+        q_size, kv_size = b.heads * b.head_dim, b.kv_heads * b.head_dim
+        self.scale = b.head_dim**-0.5
+        self.rope = rope_table(positions, b.head_dim, b.rope_theta, dtype, device, scaling=b.rope_scaling)
+        self.embedding = weights.get("model.embed_tokens.weight", (b.vocab, b.hidden))
+        self.norm = weights.get("model.norm.weight", (b.hidden,))
+        tied = b.tied_head or "lm_head.weight" not in weights
+        head = self.embedding if tied else weights.get("lm_head.weight", (b.vocab, b.hidden))
+        # The head stays exact also under int8: its argmax is the product.
+        self.head = pack_linear(head, None, "none")
+
+        def linear(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
+            weight = torch.cat([weights.get(f"{name}.weight", (rows, inputs)) for name, rows in names])
+            biases = [weights.get(f"{name}.bias", (rows,)) for name, rows in names] if bias else None
+            return pack_linear(weight, torch.cat(biases) if biases else None, quantization)
+
+        self.layers = []
+        for index in range(b.layers):
+            at = f"model.layers.{index}."
+            qkv = [(f"{at}self_attn.{n}_proj", size) for n, size in (("q", q_size), ("k", kv_size), ("v", kv_size))]
+            gate_up = [(f"{at}mlp.{n}_proj", b.intermediate) for n in ("gate", "up")]
+            self.layers.append(
+                Layer(
+                    input_norm=weights.get(f"{at}input_layernorm.weight", (b.hidden,)),
+                    qkv=linear(qkv, b.hidden, b.qkv_bias),
+                    q_norm=weights.get(f"{at}self_attn.q_norm.weight", (b.head_dim,)) if b.qk_norm else None,
+                    k_norm=weights.get(f"{at}self_attn.k_norm.weight", (b.head_dim,)) if b.qk_norm else None,
+                    output=linear([(f"{at}self_attn.o_proj", b.hidden)], q_size, b.o_bias),
+                    post_norm=weights.get(f"{at}post_attention_layernorm.weight", (b.hidden,)),
+                    gate_up=linear(gate_up, b.hidden, b.mlp_bias),
+                    down=linear([(f"{at}mlp.down_proj", b.hidden)], b.intermediate, b.mlp_bias),
+                )
+            )
+
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, cache: KVCache, layout: AttentionLayout) -> Tensor:
+        """Run `tokens` rows and write their K/V to `slots` before anything reads them.
+
+        ids, positions (RoPE), slots (flat: page * page_size + offset): [tokens] int32. Returns the last layer's hidden
+        states before the final norm, [tokens, hidden].
+        """
+        b = self.backbone
+        sizes = [b.heads, b.kv_heads, b.kv_heads]
+        residual = torch.nn.functional.embedding(ids, self.embedding)
+        x = rms_norm(residual, self.layers[0].input_norm, b.norm_eps, self.fused_norm, backend=self.backend)
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(x).view(-1, sum(sizes), b.head_dim)
+            q, k, v = qkv.split(sizes, dim=1)  # [tokens, heads | kv_heads, head_dim], views
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q = rms_norm(q, layer.q_norm, b.norm_eps, self.fused_norm, backend=self.backend)
+                k = rms_norm(k, layer.k_norm, b.norm_eps, self.fused_norm, backend=self.backend)
+            keys, values = cache.keys[index], cache.values[index]
+            q = rope_and_cache_write(q, k, v, self.rope, positions, slots, keys, values, backend=self.backend)
+            attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend)
+            x = layer.output(attended.reshape(attended.shape[0], -1))
+            x, residual = add_rms_norm(
+                x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend
+            )
+            x = layer.down(silu_and_mul(layer.gate_up(x), backend=self.backend))
+            if index + 1 < len(self.layers):
+                following = self.layers[index + 1].input_norm
+                x, residual = add_rms_norm(x, residual, following, b.norm_eps, self.fused_norm, backend=self.backend)
+        return x + residual
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] before the final norm -> [rows, vocab] in the model's dtype."""
+        normed = rms_norm(hidden, self.norm, self.backbone.norm_eps, self.fused_norm, backend=self.backend)
+        return self.head(normed)

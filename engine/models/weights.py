@@ -1,0 +1,70 @@
+"""Weights of a Hugging Face folder: safetensors, sharded or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import ModelError
+
+
+class WeightFiles:
+    """Tensors by name, read one at a time and handed to the device in the wanted dtype."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            files = sorted(set(names.values()))
+        else:
+            files = sorted(p.name for p in folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{folder} holds no .safetensors weights")
+        self._where: dict[str, Path] = {}
+        for name in files:
+            path = folder / name
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    self._where.update(dict.fromkeys(handle.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path.name} cannot be read: {error}") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor, checked against `shape`. Raises ModelError if it is missing or of another shape."""
+        path = self._where.get(name)
+        if path is None:
+            raise ModelError(f"the checkpoint lacks the tensor {name!r}")
+        with safe_open(path, framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelError(f"{name} has shape {tuple(tensor.shape)}, config.json implies {shape}")
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+
+class RandomWeights:
+    """Weights of a shape without a checkpoint, for benchmarks: small normal values, norms at one."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._generator = torch.Generator(device=device).manual_seed(0)
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return tensor.normal_(0.0, 0.02, generator=self._generator)

@@ -1,0 +1,80 @@
+"""A step as data: what the scheduler decides and what the device reports back. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .params import DecodingParams, SamplingParams
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Fill a row's device state. `window`/`decided` restore a preempted row's active block."""
+
+    slot: int
+    tokens: list[int]
+    prompt_len: int
+    final_len: int
+    start: int
+    step: int
+    window: list[int]
+    decided: list[bool]
+    choice: int
+    sampling: SamplingParams
+    decoding: DecodingParams
+
+
+@dataclass(frozen=True)
+class PageGrant:
+    """Pages of a row's table, from entry `first` on."""
+
+    slot: int
+    first: int
+    pages: list[int]
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row of a forward.
+
+    width: the most positions it may run, from its run start. Less than its whole step makes it a prefill chunk (or a
+    commit without the next denoise step), which decides nothing.
+    targets: the most positions whose statistics it needs; 0 for a chunk.
+    end: an upper bound of the slots it may see.
+    """
+
+    slot: int
+    strategy: str
+    width: int
+    targets: int
+    end: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One forward: state changes first, then the rows. Rows of one strategy stand together."""
+
+    admissions: list[Admission] = field(default_factory=list)
+    grants: list[PageGrant] = field(default_factory=list)
+    rows: list[RowPlan] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """What a step did to one row.
+
+    window, decided: ids and flags of the active block as decided, from the `start` that the step began with.
+    next_*: the row's new state and the span of its next whole step.
+    finish: 0 goes on, 1 a stop id ended it at `prefix` - 1, 2 max_tokens ended it.
+    """
+
+    finish: int
+    prefix: int
+    window: list[int]
+    decided: list[bool]
+    next_start: int
+    next_final_len: int
+    next_step: int
+    next_run_start: int
+    next_width: int
+    next_targets: int

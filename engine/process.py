@@ -1,0 +1,114 @@
+"""The engine process: an EngineCore behind two ZeroMQ sockets."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+
+import msgspec
+import zmq
+
+from .config import EngineConfig
+from .core import EngineCore
+from .errors import ParameterError
+from .loading import load_model
+from .messages import Abort, AddRequest, ChoiceOutput, EngineInput, EngineOutput, Fatal, Outputs, Ready, Shutdown
+
+log = logging.getLogger("linocut.engine")
+
+# Seconds between statistics when nothing else is sent.
+STATS_INTERVAL = 0.5
+
+
+class EngineProcess:
+    """Reads inputs between steps, steps while there is work, sends what was committed."""
+
+    def __init__(self, config: EngineConfig, input_endpoint: str, output_endpoint: str) -> None:
+        self._context = zmq.Context(1)
+        self._input = self._context.socket(zmq.PULL)
+        self._input.connect(input_endpoint)
+        self._output = self._context.socket(zmq.PUSH)
+        # Give the server this long to take the last message; then leave, whatever it does.
+        self._output.setsockopt(zmq.LINGER, 2000)
+        self._output.connect(output_endpoint)
+        self._decoder = msgspec.msgpack.Decoder(EngineInput)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._config = config
+
+    def run(self) -> None:
+        """Load the model and serve until Shutdown. Any exception is reported as Fatal and raised again."""
+        try:
+            core = EngineCore(load_model(self._config), check_invariants=self._config.check_invariants)
+            self._send(Ready(model=core.info))
+            self._serve(core)
+        except BaseException as error:
+            self._send(Fatal(error=f"{type(error).__name__}: {error}"[:2000]))
+            raise
+        finally:
+            self._input.close(linger=0)
+            self._output.close()
+            self._context.term()
+
+    def _serve(self, core: EngineCore) -> None:
+        published = 0.0
+        while True:
+            outputs: list[ChoiceOutput] = []
+            for message in self._receive(wait=not core.busy):
+                if isinstance(message, Shutdown):
+                    return
+                if isinstance(message, Abort):
+                    core.abort(message)
+                else:
+                    outputs += _add(core, message)
+            if core.busy:
+                outputs += core.step()
+            now = time.monotonic()
+            if outputs or now - published >= STATS_INTERVAL:
+                self._send(Outputs(outputs=outputs, stats=core.stats()))
+                published = now
+
+    def _receive(self, wait: bool) -> list[AddRequest | Abort | Shutdown]:
+        """All messages that are there; with `wait`, at least one unless it is time to publish statistics."""
+        messages = []
+        if wait:
+            self._input.poll(int(STATS_INTERVAL * 1000))
+        while True:
+            try:
+                messages.append(self._decoder.decode(self._input.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return messages
+
+    def _send(self, message: EngineOutput) -> None:
+        self._output.send(self._encoder.encode(message))
+
+
+def _add(core: EngineCore, request: AddRequest) -> list[ChoiceOutput]:
+    try:
+        core.add(request)
+    except ParameterError as error:
+        # The server validates before it sends; what slips through ends this request alone.
+        return [
+            ChoiceOutput(
+                request_id=request.request_id, choice=choice, token_ids=[], finish_reason="error", error=str(error)
+            )
+            for choice in range(max(request.n, 1))
+        ]
+    return []
+
+
+def run_engine(config: EngineConfig, input_endpoint: str, output_endpoint: str) -> None:
+    """Entry point of the engine process."""
+    # Ctrl-C reaches the whole process group; the server decides when the engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    EngineProcess(config, input_endpoint, output_endpoint).run()
+
+
+def _die_with_parent(parent: int) -> None:
+    """An engine without a server holds memory for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

@@ -1,0 +1,174 @@
+"""The model runner: executes step plans on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .batch import build_batch, cap_span, concat_spans
+from .decoding.advance import advance, guard, row_view
+from .decoding.registry import strategies
+from .decoding.view import Decision, RowView, Span, WindowStatistics
+from .family import FamilyTraits
+from .models.decoder import Decoder, KVCache
+from .params import DecodingParams, SamplingParams
+from .plan import RowPlan, RowReport, StepPlan
+from .sampling import Sampler, SamplingFlags, to_window
+from .state import RowState, admit_rows, grant_pages
+
+
+@dataclass
+class Group:
+    """Rows [first, last) of a plan: one strategy, one window width."""
+
+    strategy: str
+    first: int
+    last: int
+    window: int
+
+
+class ModelRunner:
+    """Holds the weights, the K/V pages and the row state of one device, and turns plans into reports.
+
+    Within `execute` nothing waits for the device; the one copy to the host is the report at its end.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, state: RowState, traits: FamilyTraits, *, reference: bool
+    ) -> None:
+        self.decoder, self.cache, self.state, self.traits = decoder, cache, state, traits
+        self.strategies = strategies(reference)
+        self.stop_at_block_end = reference and traits.logit_source == "own"
+        banned = (*traits.banned_ids, *(() if traits.mask_id is None else (traits.mask_id,)))
+        self.sampler = Sampler(banned, reference, decoder.backend, state.device)
+        self._flags: dict[int, SamplingFlags] = {}
+        self._windows: dict[int, int] = {}
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> list[RowReport]:
+        """Admit, grant, run one forward, decide, advance. Reports come in the order of `plan.rows`."""
+        self._admit(plan)
+        if not plan.rows:
+            return []
+        state, traits = self.state, self.traits
+        slots = self._ints([row.slot for row in plan.rows]).long()
+        groups = self._groups(plan.rows)
+        views = [row_view(state, slots[g.first : g.last], g.window) for g in groups]
+        spans = [self.strategies[g.strategy].plan(v, traits) for g, v in zip(groups, views, strict=True)]
+        span, whole = cap_span(concat_spans(spans), self._ints([row.width for row in plan.rows]))
+        start = torch.cat([view.start for view in views]) if len(views) > 1 else views[0].start
+
+        batch = build_batch(state, plan.rows, slots, span, start, traits, self.cache.page_size)
+        hidden = self.decoder.forward(batch.ids, batch.positions, batch.slots, self.cache, batch.layout)
+        width = span.targets.shape[1]
+        if batch.logits is not None:
+            flags = SamplingFlags(False, False, False, False)
+            for row in plan.rows:
+                flags |= self._flags[row.slot]
+            token, confidence = self.sampler.propose(
+                state, hidden, batch.logits, span.seeding, self.decoder.logits, flags
+            )
+            statistics = to_window(batch.logits, token, confidence, len(plan.rows), width)
+        else:
+            statistics = _no_statistics(len(plan.rows), width, state.device)
+
+        packed = [
+            self._advance(group, view, _rows(span, group), whole[group.first : group.last], _cut(statistics, group))
+            for group, view in zip(groups, views, strict=True)
+        ]
+        return [report for group, table in zip(groups, packed, strict=True) for report in _unpack(table, group.window)]
+
+    def _advance(
+        self, group: Group, view: RowView, span: Span, whole: Tensor, statistics: WindowStatistics
+    ) -> Tensor:
+        """Decide and advance one group; returns its packed report, [rows, 8 + 2 W] int32."""
+        strategy = self.strategies[group.strategy]
+        decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
+        outcome = advance(self.state, view, span, whole, decision, self.traits, self.stop_at_block_end)
+        after = row_view(self.state, view.slots, group.window)
+        coming = strategy.plan(after, self.traits)
+        columns = [
+            after.start,
+            after.final_len,
+            after.step,
+            coming.run_start,
+            coming.run_end - coming.run_start,
+            coming.targets.sum(dim=1),
+        ]
+        return torch.cat([torch.stack([c.int() for c in columns], dim=1), outcome], dim=1)
+
+    def _admit(self, plan: StepPlan) -> None:
+        admit_rows(self.state, plan.admissions, self.traits.stop_ids, self.traits.mask_id)
+        grant_pages(self.state, plan.grants)
+        for row in plan.admissions:
+            self._flags[row.slot] = _flags(row.sampling, row.decoding)
+            draft = row.decoding.values.get("draft_length", 1)
+            self._windows[row.slot] = int(draft) if self.traits.mask_id is None else self.traits.block_size
+
+    def _groups(self, rows: list[RowPlan]) -> list[Group]:
+        groups: list[Group] = []
+        for index, row in enumerate(rows):
+            window = self._windows[row.slot]
+            if groups and groups[-1].strategy == row.strategy:
+                groups[-1].last = index + 1
+                groups[-1].window = max(groups[-1].window, window)
+            else:
+                groups.append(Group(row.strategy, index, index + 1, window))
+        return groups
+
+    def _ints(self, values: list[int]) -> Tensor:
+        tensor = torch.tensor(values, dtype=torch.int32)
+        device = self.state.device
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _flags(sampling: SamplingParams, decoding: DecodingParams) -> SamplingFlags:
+    filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+    return SamplingFlags(
+        sampled=sampling.temperature > 0.0,
+        filtered=filtered,
+        stops_banned=sampling.ignore_eos or sampling.min_tokens > 0,
+        filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
+    )
+
+
+def _rows(span: Span, group: Group) -> Span:
+    at = slice(group.first, group.last)
+    return Span(span.run_start[at], span.run_end[at], span.clean_end[at], span.targets[at, : group.window], span.seeding[at])
+
+
+def _cut(statistics: WindowStatistics, group: Group) -> WindowStatistics:
+    at = (slice(group.first, group.last), slice(0, group.window))
+    return WindowStatistics(statistics.candidates[at], statistics.token[at], statistics.confidence[at])
+
+
+def _no_statistics(rows: int, window: int, device: torch.device) -> WindowStatistics:
+    return WindowStatistics(
+        torch.zeros((rows, window), dtype=torch.bool, device=device),
+        torch.zeros((rows, window), dtype=torch.int64, device=device),
+        torch.full((rows, window), -torch.inf, device=device),
+    )
+
+
+def _unpack(packed: Tensor, window: int) -> list[RowReport]:
+    """The step's one copy to the host."""
+    reports = []
+    for row in packed.tolist():
+        start, final_len, step, run_start, width, targets, finish, prefix = row[:8]
+        reports.append(
+            RowReport(
+                finish=finish,
+                prefix=prefix,
+                window=row[8 : 8 + window],
+                decided=[bool(flag) for flag in row[8 + window :]],
+                next_start=start,
+                next_final_len=final_len,
+                next_step=step,
+                next_run_start=run_start,
+                next_width=width,
+                next_targets=targets,
+            )
+        )
+    return reports

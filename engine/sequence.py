@@ -1,0 +1,110 @@
+"""A sequence: one choice of a request, as the host knows it. Imports no torch."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from .cache.prefix import Unit
+from .messages import AddRequest, FinishReason
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Host mirror of a row, as of the last report.
+
+    tokens: prompt and committed prefix. The prefix ends at the first undecided position.
+    start: first position of the active block. final_len: slots below it hold final K/V.
+    window, decided: ids and flags of the active block's positions from `start` on (empty: nothing is decided there).
+    width: positions that the next whole step runs, from final_len on or from `run_start`. targets: positions whose
+        statistics that step needs.
+    """
+
+    request: AddRequest
+    choice: int
+    order: int  # of arrival; the scheduler is first come, first served
+    block_size: int
+    seeds: bool  # shifted family: position `start` comes from the row before it
+    feed: int  # rows that a step feeds from the last token on (token-causal families); 0 for block families
+    leader: Sequence | None = None
+
+    tokens: list[int] = field(default_factory=list)
+    start: int = 0
+    final_len: int = 0
+    step: int = 0
+    window: list[int] = field(default_factory=list)
+    decided: list[bool] = field(default_factory=list)
+    run_start: int = 0
+    width: int = 0
+    targets: int = 0
+
+    status: Status = Status.WAITING
+    slot: int | None = None
+    pages: list[int] = field(default_factory=list)
+    units: list[Unit | None] = field(default_factory=list)  # by unit index; None: pages are this sequence's own
+    key: bytes = b""  # digest of the units counted in `units`
+
+    forwards: int = 0
+    positions: int = 0
+    cached_tokens: int = 0
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.start = len(self.tokens) // self.block_size * self.block_size
+        if self.feed:
+            self.start = len(self.tokens)
+        self.plan_from(0)
+
+    @property
+    def name(self) -> tuple[str, int]:
+        return self.request.request_id, self.choice
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def limit(self) -> int:
+        """Position at which max_tokens ends the text."""
+        return self.prompt_len + self.request.sampling.max_tokens
+
+    @property
+    def clean(self) -> int:
+        """Final positions without K/V that a chunk may run. The row that yields the next logits is not among them."""
+        return max(self.start - self.final_len - (1 if self.feed else 0), 0)
+
+    @property
+    def prefilling(self) -> bool:
+        """More than one block of clean tokens has no K/V yet."""
+        return self.clean > self.block_size
+
+    @property
+    def run_end(self) -> int:
+        return self.run_start + self.width
+
+    def plan_from(self, final_len: int) -> None:
+        """Set the next step's span for K/V that is valid below `final_len` (at admission; later the device reports it).
+
+        Mirrors `decoding.spans` for the one case that the host must know before the device has seen the row.
+        """
+        self.final_len = self.run_start = final_len
+        if self.feed:
+            self.targets = min(self.feed, self.limit - self.start)
+            self.width = self.start + self.targets - 1 - final_len
+            return
+        first_undecided = not (self.decided[0] if self.decided else self.start < len(self.tokens))
+        if self.seeds and first_undecided and self.start > 0:
+            self.width, self.targets = self.start - final_len, 1
+            return
+        self.width = self.start + self.block_size - final_len
+        # At most: a sub-block needs fewer. The first step after admission may reserve a few logits rows too many.
+        known = sum(self.decided) if self.decided else len(self.tokens) - self.start
+        self.targets = self.block_size - known
