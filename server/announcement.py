@@ -1,0 +1,41 @@
+"""What the server prints when it is ready: its configuration, its URL, and a request to try."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import msgspec
+
+from .service import Service
+
+
+def announce(service: Service, url: str) -> None:
+    model = msgspec.structs.asdict(service.model)
+    hidden = {"stop_ids", "banned_ids", "strategies", "default_strategy", "default_parameters"}
+    lines = {name: value for name, value in model.items() if name not in hidden and value not in ({}, ())}
+    lines["strategies"] = ", ".join(service.model.strategies)
+    defaults = " ".join(f"{name}={value}" for name, value in service.model.default_parameters.items())
+    lines["strategy"] = f"{service.model.default_strategy} {defaults}".strip()
+    lines["served as"] = ", ".join(service.settings.served_names)
+    lines["api keys"] = len(service.settings.api_keys) or "none: everyone who reaches the port may use it"
+    width = max(map(len, lines))
+    print("\nLinocut is ready.\n", file=sys.stderr)
+    for name, value in lines.items():
+        print(f"  {name.replace('_', ' '):<{width}}  {value}", file=sys.stderr)
+    print(f"\n  {url}/v1\n\n{_curl(service, url)}\n", file=sys.stderr, flush=True)
+
+
+def _curl(service: Service, url: str) -> str:
+    key = ' -H "Authorization: Bearer $LINOCUT_API_KEY"' if service.settings.api_keys else ""
+    name = service.settings.served_names[0]
+    chat = service.tokenizer is not None and service.tokenizer.template is not None
+    body: dict[str, Any]
+    if chat:
+        path, body = "chat/completions", {"model": name, "messages": [{"role": "user", "content": "Hello!"}]}
+    else:
+        prompt = "Once upon a time" if service.tokenizer is not None else [0]
+        path, body = "completions", {"model": name, "prompt": prompt, "max_tokens": 64}
+    text = json.dumps(body).replace("'", "'\\''")
+    return f"  curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{text}'"

@@ -1,0 +1,185 @@
+"""The `linocut` command."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from linocut.engine.errors import ConfigError, LinocutError
+
+from .tools import register
+
+app = typer.Typer(
+    help="An OpenAI-compatible inference server for block-diffusion language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from .operations import package_version
+
+        print(package_version())
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="A folder or a hub id; without it, the embedded model.")] = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients write as `model`; may be repeated.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A Bearer key to require; may be repeated. Also $LINOCUT_API_KEY.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    quantization: Annotated[str, typer.Option(help="none or int8")] = "none",
+    attention: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
+    numerics: Annotated[str, typer.Option(help="fast, or reference: the model authors' own arithmetic")] = "fast",
+    block_size: Annotated[int | None, typer.Option(help="Positions decided together (block-causal models).")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer together, in tokens.")] = None,
+    max_running: Annotated[int | None, typer.Option(help="Choices that take part in forwards together.")] = None,
+    max_queued: Annotated[int, typer.Option(help="Choices that may wait; beyond them the answer is 503.")] = 1024,
+    token_budget: Annotated[int | None, typer.Option(help="Positions of one forward.")] = None,
+    page_size: Annotated[int, typer.Option(help="Tokens of a KV cache page.")] = 16,
+    kv_memory: Annotated[str | None, typer.Option(help="KV cache size: bytes, or with K, M or G.")] = None,
+    memory_fraction: Annotated[float, typer.Option(help="Share of the card to fill, where --kv-memory is off.")] = 0.9,
+    prefix_caching: Annotated[bool, typer.Option("--prefix-caching/--no-prefix-caching")] = True,
+    strategy: Annotated[str | None, typer.Option(help="The default decoding strategy.")] = None,
+    strategy_parameter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A default of the strategy; may be repeated.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
+    keep_alive_seconds: Annotated[float, typer.Option(help="Silence after which streams send a comment.")] = 15.0,
+    shutdown_seconds: Annotated[float, typer.Option(help="Time for running requests after SIGTERM.")] = 30.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+) -> None:
+    """Serve a model over the OpenAI API."""
+    _configure_logging(log_level)
+    from linocut.engine.models.source import resolve_model
+
+    from .settings import ServerSettings
+
+    keys = [*(api_key or []), *filter(None, [os.environ.get("LINOCUT_API_KEY")])]
+    folder = resolve_model(model)
+    settings = ServerSettings(
+        served_names=tuple(served_model_name or [_default_name(model, folder)]),
+        host=host,
+        port=port,
+        api_keys=tuple(dict.fromkeys(keys)),
+        max_body_bytes=max_body_bytes,
+        keep_alive_seconds=keep_alive_seconds,
+        shutdown_seconds=shutdown_seconds,
+    )
+    config = {
+        "model": str(folder),
+        "dtype": dtype,
+        "device": device,
+        "quantization": quantization,
+        "attention": attention,
+        "numerics": numerics,
+        "block_size": block_size,
+        "max_model_len": max_model_len,
+        "max_running": max_running,
+        "max_queued": max_queued,
+        "token_budget": token_budget,
+        "page_size": page_size,
+        "kv_memory": _parse_bytes(kv_memory),
+        "memory_fraction": memory_fraction,
+        "prefix_caching": prefix_caching,
+        "strategy": strategy,
+        "strategy_parameters": dict(map(_parse_parameter, strategy_parameter or [])),
+        "threads": threads,
+    }
+    raise typer.Exit(_run(settings, config, folder))
+
+
+def _run(settings: Any, fields: dict[str, Any], folder: Path) -> int:
+    import asyncio
+
+    import msgspec
+
+    from linocut.engine.config import EngineConfig
+
+    from .announcement import announce
+    from .engine_client import launch_engine
+    from .lifecycle import Lifecycle
+    from .tokenizer import load_tokenizer
+
+    try:
+        config = msgspec.convert(fields, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error).replace("`$.", "`")) from None
+
+    async def run() -> int:
+        return await Lifecycle(settings, launch_engine(config), lambda: load_tokenizer(folder), announce).run()
+
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
+
+
+def _default_name(model: str | None, folder: Path) -> str:
+    """A hub id stands for itself; folders go by their own name, cache folders without hash and version."""
+    if model is None:
+        return re.sub(r"-[0-9a-f]{12}-\d+$", "", folder.name)
+    return folder.name if Path(model).exists() else model
+
+
+def _parse_parameter(text: str) -> tuple[str, bool | int | float | str]:
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise ConfigError(f"--strategy-parameter {text!r}: write NAME=VALUE")
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def _parse_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)i?b?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"--kv-memory {text!r}: write bytes, or a number with K, M or G")
+    return int(float(match[1]) * 1024 ** " kmg".index(match[2].lower() or " "))
+
+
+def _configure_logging(level: str) -> None:
+    import logging
+
+    if level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"--log-level {level!r}: debug, info, warning or error")
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+register(app)
+
+
+def main() -> None:
+    try:
+        app()
+    except LinocutError as error:
+        print(f"linocut: {error}", file=sys.stderr)
+        sys.exit(1)

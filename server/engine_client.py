@@ -1,0 +1,286 @@
+"""The server's end of the two sockets to the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from linocut.engine.config import EngineConfig
+from linocut.engine.errors import ConfigError, EngineDead, LinocutError
+from linocut.engine.messages import (
+    Abort,
+    AddRequest,
+    EngineInput,
+    EngineOutput,
+    EngineStats,
+    Fatal,
+    ModelInfo,
+    Outputs,
+    Ready,
+    Shutdown,
+)
+
+from .submission import Submission
+
+log = logging.getLogger(__name__)
+
+_STOP_SECONDS = 5.0  # from Shutdown to SIGTERM, and from SIGTERM to SIGKILL
+
+
+class EngineProcess(Protocol):
+    """What the client needs of `multiprocessing.process.BaseProcess`."""
+
+    @property
+    def sentinel(self) -> int: ...
+    @property
+    def exitcode(self) -> int | None: ...
+    def is_alive(self) -> bool: ...
+    def join(self, timeout: float | None = None) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+Launch = Callable[[str, str], EngineProcess]  # (input endpoint, output endpoint) -> started process
+
+
+class QueueFull(LinocutError):
+    """As many choices are running and queued as the engine takes."""
+
+
+def launch_engine(config: EngineConfig) -> Launch:
+    """A launcher of the real engine, in a process of its own."""
+
+    def launch(input_endpoint: str, output_endpoint: str) -> EngineProcess:
+        import multiprocessing
+
+        from .engine_entry import run
+
+        # Idle OpenMP threads that spin would take the cores from this process.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        process = multiprocessing.get_context("spawn").Process(
+            target=run, args=(config, input_endpoint, output_endpoint), name="linocut-engine", daemon=False
+        )
+        with _interrupts_ignored():
+            process.start()
+        return process
+
+    return launch
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C goes to the whole foreground group: the engine inherits "ignore", and we alone decide when it stops."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class EngineClient:
+    """Binds two sockets, launches the engine, hands out its outputs and notices its death.
+
+    `model` and `stats` are valid after `start`. `dead` is an Event that is set once, when the engine is gone for any
+    reason but our own `close`; `failure` then says why.
+    """
+
+    model: ModelInfo
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._process: EngineProcess | None = None
+        self._submissions: dict[str, Submission] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ready: asyncio.Future[ModelInfo] | None = None
+        self._watched: int | None = None
+        self._loaded = False
+        self._closing = False
+        self._cleanup = contextlib.ExitStack()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(EngineOutput).decode
+        self.stats = EngineStats()
+        self.in_flight = 0  # choices
+        self.dead = asyncio.Event()
+        self.failure = ""
+
+    async def start(self) -> ModelInfo:
+        """Launch the engine and wait until its model is loaded. Raises EngineDead with its last words."""
+        input_endpoint, output_endpoint = self._open()
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        self._tasks.append(loop.create_task(self._receive()))
+        self._process = self._launch(input_endpoint, output_endpoint)
+        self._watched = self._process.sentinel
+        loop.add_reader(self._watched, self._on_exit)
+        self.model = await self._ready
+        self._loaded = True
+        return self.model
+
+    def _open(self) -> tuple[str, str]:
+        """Bind both sockets and return their endpoints. Raises ConfigError."""
+        context = zmq.Context()
+        # Plain, not asyncio: sending never waits, so that an abort leaves at once, from any finally clause.
+        self._input = context.socket(zmq.PUSH)
+        self._input.setsockopt(zmq.SNDHWM, 0)
+        self._output = zmq.asyncio.Context.shadow(context).socket(zmq.PULL)
+        self._output.setsockopt(zmq.RCVHWM, 0)
+        self._folder = Path(tempfile.mkdtemp(prefix="linocut-"))  # mode 0700: only our user may connect
+        self._cleanup.callback(shutil.rmtree, self._folder, ignore_errors=True)
+        self._cleanup.callback(context.term)
+        self._cleanup.callback(self._output.close, linger=0)
+        self._cleanup.callback(self._input.close, linger=0)
+        try:
+            return self._bind(self._input, "input"), self._bind(self._output, "output")
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot open sockets in {self._folder}: {error} (TMPDIR names the place)") from error
+
+    def _bind(self, socket: zmq.Socket[Any], name: str) -> str:
+        if os.name == "posix":
+            endpoint = f"ipc://{self._folder / name}"
+            socket.bind(endpoint)
+            return endpoint
+        return f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and not self.dead.is_set() and not self._closing
+
+    @property
+    def capacity(self) -> int:
+        """Choices that may be in flight together."""
+        return self.model.max_running + self.model.max_queued
+
+    def submit(self, requests: list[AddRequest]) -> Submission:
+        """Send requests that stand or fall together. Raises QueueFull or EngineDead; then nothing was sent."""
+        if not self.alive:
+            raise EngineDead(self.failure or "the engine is not running")
+        choices = sum(request.n for request in requests)
+        if self.in_flight + choices > self.capacity:
+            raise QueueFull(f"{self.in_flight} of {self.capacity} places are taken")
+        submission = Submission(self, requests)
+        self.in_flight += choices
+        for request in requests:
+            self._submissions[request.request_id] = submission
+            self._send(request)
+        return submission
+
+    def abort(self, submission: Submission, request_id: str, choice: int | None = None) -> None:
+        """End a submission's request, or one choice of it. Called by `Submission`."""
+        closed = {key for key in submission.open if key[0] == request_id and choice in (None, key[1])}
+        submission.open -= closed
+        self.in_flight -= len(closed)
+        if closed and self.alive:
+            self._send(Abort(request_id=request_id, choice=choice))
+
+    def forget(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._submissions.pop(request_id, None)
+
+    def _send(self, message: EngineInput) -> None:
+        try:
+            self._input.send(self._encode(message), zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # no peer: the engine has closed its end and its exit is about to be noticed
+            if self.alive:
+                self._die(f"the engine does not take messages ({error})")
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                self._handle(self._decode(await self._output.recv()))
+        except msgspec.MsgspecError as error:
+            self._die(f"the engine sent a message that cannot be read: {error}")
+
+    def _handle(self, message: EngineOutput) -> None:
+        match message:
+            case Outputs():
+                self._deliver(message)
+            case Ready():
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(message.model)
+            case Fatal():
+                self._die(message.error)
+
+    def _deliver(self, message: Outputs) -> None:
+        if message.stats is not None:
+            self.stats = message.stats
+        for output in message.outputs:
+            submission = self._submissions.get(output.request_id)
+            if submission is not None and submission.deliver(output) and output.finish_reason is not None:
+                self.in_flight -= 1
+
+    def _on_exit(self) -> None:
+        self._unwatch()
+        if not self._closing:
+            # Its last message may still be in the socket: let the receiver read it first.
+            self._tasks.append(asyncio.get_running_loop().create_task(self._bury()))
+
+    async def _bury(self) -> None:
+        await asyncio.sleep(0.05)
+        assert self._process is not None
+        self._process.join(0.5)
+        self._die(f"the engine process ended with exit code {self._process.exitcode}")
+
+    def _die(self, reason: str) -> None:
+        if self.dead.is_set() or self._closing:
+            return
+        self.failure = reason
+        if self._loaded:  # else `start` raises it
+            log.error("the engine died: %s", reason)
+        self.dead.set()
+        self._fail_all(EngineDead(reason))
+
+    def _fail_all(self, error: EngineDead) -> None:
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(error)
+        for submission in set(self._submissions.values()):
+            submission.fail(error)
+        self._submissions.clear()
+        self.in_flight = 0
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            asyncio.get_running_loop().remove_reader(self._watched)
+            self._watched = None
+
+    async def close(self) -> None:
+        """Stop the engine (kindly, then not) and free sockets and files. In-flight requests get EngineDead."""
+        if self._closing:
+            return
+        was_alive, self._closing = self.alive, True
+        if was_alive:
+            self._send(Shutdown())
+        self._fail_all(EngineDead("the server is shutting down"))
+        self._unwatch()
+        if self._process is not None:
+            # An engine that still loads does not read its messages.
+            patience = _STOP_SECONDS if self._loaded else 0.0
+            await asyncio.get_running_loop().run_in_executor(None, _stop, self._process, patience)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._cleanup.close()
+
+
+def _stop(process: EngineProcess, patience: float) -> None:
+    process.join(patience)
+    for harder in (process.terminate, process.kill):
+        if not process.is_alive():
+            return
+        harder()
+        process.join(_STOP_SECONDS)

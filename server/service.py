@@ -1,0 +1,82 @@
+"""What the endpoints share: the engine, the tokenizer, the settings, and whether new work is welcome."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import Request
+
+from .api_errors import NotFound, Unavailable, clip
+from .auth import KeyRing
+from .body import read_object
+from .engine_client import EngineClient
+from .generation import Generation, Job
+from .metrics import Metrics
+from .prompts import PromptBuilder
+from .settings import ServerSettings
+from .tokenizer import Tokenizer
+from .unsupported import UnknownFields
+
+
+class NoText:
+    """Stands for the tokenizer of a model that has none: answers have token ids only."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return ""
+
+
+class Service:
+    """The state of one server; `draining` is set once it no longer takes work."""
+
+    def __init__(self, settings: ServerSettings, engine: EngineClient, tokenizer: Tokenizer | None) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.model = engine.model
+        if tokenizer is not None:
+            tokenizer.guard(self.model)
+        self.prompts = PromptBuilder(tokenizer, self.model.vocab_size, self.model.mask_id)
+        self.metrics = Metrics(settings.served_names[0])
+        self.metrics.watch_engine(lambda: engine.stats, lambda: engine.in_flight)
+        self.keys = KeyRing(settings.api_keys)
+        self.unknown_fields = UnknownFields()
+        self.created = int(time.time())
+        self.draining = False
+        self.active = 0  # HTTP calls under way, probes apart
+
+    @property
+    def ready(self) -> bool:
+        return self.engine.alive and not self.draining
+
+    def close(self) -> None:
+        self.prompts.close()
+
+    async def read(self, request: Request) -> dict[str, Any]:
+        return await read_object(request, self.settings.max_body_bytes, self.settings.body_seconds)
+
+    def resolve_model(self, name: str | None) -> str:
+        """The served name a request goes by. Raises 404."""
+        if name is None:
+            return self.settings.served_names[0]
+        if name not in self.settings.served_names:
+            raise NotFound(f"The model `{clip(name)}` does not exist.", param="model", code="model_not_found")
+        return name
+
+    def check_accepting(self) -> None:
+        """Raise 503 unless new work is welcome."""
+        if not self.engine.alive:
+            raise Unavailable("the inference engine is not running", code="engine_dead")
+        if self.draining:
+            headers = {"Retry-After": str(self.settings.retry_after_seconds)}
+            raise Unavailable("the server is shutting down", code="shutting_down", headers=headers)
+
+    def generate(self, job: Job) -> Generation:
+        decoder = NoText() if self.tokenizer is None else self.tokenizer
+        return Generation(job, self.engine, decoder, self.metrics, self.settings.retry_after_seconds)
+
+
+def service_of(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service

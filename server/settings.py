@@ -1,0 +1,42 @@
+"""The server's own configuration (the engine has `EngineConfig`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from linocut.engine.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """served_names: what clients may write as `model`; the first is the one we answer with.
+
+    api_keys: Bearer keys; none means open. Times are in seconds.
+    shutdown_seconds: how long running requests may take to finish after SIGTERM or SIGINT.
+    max_choices: upper bound of `n`. max_prompts: upper bound of the prompts of one completion request.
+    """
+
+    served_names: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 8 << 20
+    body_seconds: float = 60.0
+    keep_alive_seconds: float = 15.0
+    shutdown_seconds: float = 30.0
+    retry_after_seconds: int = 2
+    max_choices: int = 128
+    max_prompts: int = 1024
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, what: str) -> None:
+            if not ok:
+                raise ConfigError(what)
+
+        require(bool(self.served_names) and all(self.served_names), "a served model name must not be empty")
+        require(0 <= self.port <= 65535, "port must be between 0 and 65535")
+        sane_keys = all(key and key.isascii() and key.isprintable() for key in self.api_keys)
+        require(sane_keys, "API keys must be printable ASCII")
+        require(self.max_body_bytes >= 1024, "max_body_bytes must be at least 1024")
+        require(self.keep_alive_seconds > 0, "keep_alive_seconds must be positive")
+        require(self.shutdown_seconds >= 0, "shutdown_seconds must not be negative")

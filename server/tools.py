@@ -1,0 +1,79 @@
+"""The commands beside `serve`: benchmarks and conformance. They run the engine in this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linocut.engine.errors import ConfigError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the `linocut` application."""
+    app.command()(bench)
+    app.command()(conformance)
+
+
+def bench(
+    model: Annotated[str | None, typer.Argument(help="A folder or a hub id; without it, the embedded model.")] = None,
+    shape: Annotated[str | None, typer.Option(help="A published shape with random weights, instead of a model.")] = None,
+    clients: Annotated[str, typer.Option(help="Concurrent sequences of the generation table.")] = "1,4,16",
+    tokens: Annotated[int, typer.Option(help="Tokens generated per sequence.")] = 64,
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each engine, taken in turns; the median counts.")] = 3,
+    peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Measure transformers' generate beside it.")] = True,
+    block_size: Annotated[int | None, typer.Option(help="With --shape: the diffusion block.")] = None,
+    sequences: Annotated[str, typer.Option(help="With --shape: sequences of a forward.")] = "1,8,64",
+    contexts: Annotated[str, typer.Option(help="With --shape: cached positions of each.")] = "1024",
+    steps: Annotated[int, typer.Option(help="With --shape: steps timed; at most the block's length.")] = 20,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str = "none",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+) -> None:
+    """Measure the engine: forward times, and generation beside transformers on the same weights."""
+    # Threads that spin at a barrier make everything else on the machine wait.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import msgspec
+
+    from linocut.engine.bench.run import SHAPES, bench_model, bench_shape, write_json
+    from linocut.engine.config import EngineConfig
+    from linocut.engine.models.source import resolve_model
+
+    fields = {"dtype": dtype, "device": device, "quantization": quantization, "block_size": block_size}
+    try:
+        config = msgspec.convert({"model": "", **fields}, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error).replace("`$.", "`")) from None
+    if shape is None:
+        config = msgspec.structs.replace(config, model=str(resolve_model(model)))
+        write_json(bench_model(config, _integers(clients), tokens, prompt, repeats, peer), json_file)
+        return
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape {shape!r}: one of {', '.join(SHAPES)}")
+    count, context = _integers(sequences), _integers(contexts)
+    config = msgspec.structs.replace(config, max_running=max(count), max_model_len=max(context) + 1024)
+    write_json(bench_shape(config, shape, count, context, steps), json_file)
+
+
+def conformance(
+    folder: Annotated[Path, typer.Argument(help="A golden folder: golden.json, golden.safetensors, a checkpoint.")],
+) -> None:
+    """Replay a golden folder through the paged engine: a line per case, exit status 0 if none failed."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from linocut.engine.conformance.run import conformance as run
+
+    raise typer.Exit(run(folder))
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"{text!r}: write positive numbers with commas between them")
+    return numbers

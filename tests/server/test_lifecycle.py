@@ -1,0 +1,137 @@
+"""The server as its operator meets it: a process with arguments, signals, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+PROGRAM = Path(__file__).with_name("serve_fake.py")
+BODY = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+
+
+class Program:
+    """A running `linocut serve`; its output goes to a file."""
+
+    def __init__(self, folder: Path, log: Path, *arguments: str) -> None:
+        self.log = log
+        command = [sys.executable, str(PROGRAM), "serve", str(folder), "--port", "0", *arguments]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+
+    def find(self, pattern: str, seconds: float = 20) -> str:
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.log.read_text())):
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+        return found[1]
+
+    @property
+    def url(self) -> str:
+        return self.find(r"(http://\S+)/v1\n")
+
+    @property
+    def engine_pid(self) -> int:
+        return int(self.find(r"engine pid (\d+)"))
+
+    def exit_code(self, seconds: float = 10) -> int:
+        return self.process.wait(seconds)
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Iterator[object]:
+    programs: list[Program] = []
+
+    def begin(*arguments: str, model: Path = folder) -> Program:
+        programs.append(Program(model, tmp_path / f"log{len(programs)}", *arguments))
+        return programs[-1]
+
+    yield begin
+    for program in programs:
+        if program.process.poll() is None:
+            program.process.kill()
+            program.process.wait()
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_announcement_and_a_graceful_end(start, folder):
+    program = start("--served-model-name", "it's", "--api-key", "key one")
+    url = program.url
+    log = program.log.read_text()
+    assert "omp PASSIVE" in log
+    assert "strategy" in log
+    command = program.find(r"(curl .*)\n")
+    environment = {**os.environ, "LINOCUT_API_KEY": "key one"}
+    answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=True)
+    assert '"finish_reason":"stop"' in answer.stdout
+    headers = {"Authorization": "Bearer key one"}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=BODY, headers=headers) as response:
+        lines = response.iter_lines()
+        next(lines)
+        program.process.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert program.exit_code() == 0
+    assert gone(program.engine_pid)
+    assert "Traceback" not in program.log.read_text()
+    assert str(folder) not in program.log.read_text()
+
+
+def test_ctrl_c_lets_requests_finish_too(start):
+    """The terminal's signal reaches the engine process as well, which must not die of it."""
+    program = start()
+    with httpx.stream("POST", f"{program.url}/v1/chat/completions", json=BODY) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.killpg(program.process.pid, signal.SIGINT)
+        text = "\n".join(lines)
+    assert '"error"' not in text
+    assert text.rstrip().endswith("data: [DONE]")
+    assert program.exit_code() == 0
+    assert "Traceback" not in program.log.read_text()
+
+
+def test_a_killed_engine_ends_the_server(start):
+    program = start()
+    url = program.url
+    assert httpx.get(f"{url}/health").status_code == 200
+    os.kill(program.engine_pid, signal.SIGKILL)
+    began = time.monotonic()
+    while httpx.get(f"{url}/health").status_code == 200:
+        assert time.monotonic() - began < 1
+    assert program.exit_code() == 1
+    assert "Traceback" not in program.log.read_text()
+
+
+def test_failures_before_the_start(start, folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        runs = [
+            (start("--port", port), f"linocut: cannot listen on 127.0.0.1:{port}"),
+            (start("--threads", "99"), "linocut: the engine process ended with exit code 3"),
+            (start(model=Path("missing")), "linocut: missing is neither"),
+            (start("--dtype", "int3"), "linocut: Invalid enum value 'int3'"),
+            (start("--page-size", "7"), "linocut: page_size must be a power of two"),
+        ]
+        for program, message in runs:
+            assert program.exit_code(30) == 1
+            assert program.log.read_text().splitlines()[-1].startswith(message), program.log.read_text()
+            assert "Traceback" not in program.log.read_text()
