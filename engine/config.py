@@ -26,6 +26,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Literal["none", "int8"] = "none"
     attention: Literal["auto", "torch", "triton"] = "auto"
     numerics: Literal["fast", "reference"] = "fast"
+    eager: bool = False  # no CUDA graphs
     block_size: int | None = None
     mask_id: int | None = None
     stop_ids: tuple[int, ...] | None = None

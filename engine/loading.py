@@ -101,7 +101,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
     table = -(-length // config.page_size)
     state = allocate_state(max_running, length, table, device)
     cache = allocate_cache(backbone, pages, config.page_size, dtype, device)
-    runner = ModelRunner(decoder, cache, state, traits, reference=config.numerics == "reference")
+    runner = ModelRunner(
+        decoder,
+        cache,
+        state,
+        traits,
+        reference=config.numerics == "reference",
+        graphs=device.type == "cuda" and backend == "triton" and not config.eager,
+    )
     pool = PagePool(pages)
     fingerprint = f"{traits.context}/{traits.block_size}/start"
     prefix = PrefixCache(pool, config.page_size, traits.block_size, fingerprint, config.prefix_caching)
@@ -124,6 +131,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         numerics=config.numerics,
+        attention=backend,
+        quantization=config.quantization,
+        prefix_caching=config.prefix_caching,
+        token_budget=token_budget,
         page_size=config.page_size,
         pages=pages - 1,
         max_running=max_running,

@@ -60,6 +60,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     device: str
     numerics: Literal["fast", "reference"]
+    attention: str
+    quantization: str
+    prefix_caching: bool
+    token_budget: int
     page_size: int
     pages: int
     max_running: int

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import build_batch, cap_span, concat_spans
+from .batch import ForwardBatch, build_batch, cap_span, concat_spans
 from .decoding.advance import advance, guard, row_view
 from .decoding.registry import strategies
 from .decoding.view import Decision, RowView, Span, WindowStatistics
 from .family import FamilyTraits
+from .graphs import ForwardGraphs
 from .models.decoder import Decoder, KVCache
 from .params import DecodingParams, SamplingParams
 from .plan import RowPlan, RowReport, StepPlan
@@ -36,9 +37,17 @@ class ModelRunner:
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, state: RowState, traits: FamilyTraits, *, reference: bool
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        state: RowState,
+        traits: FamilyTraits,
+        *,
+        reference: bool,
+        graphs: bool = False,
     ) -> None:
         self.decoder, self.cache, self.state, self.traits = decoder, cache, state, traits
+        self.graphs = ForwardGraphs(decoder, cache) if graphs else None
         self.strategies = strategies(reference)
         self.stop_at_block_end = reference and traits.logit_source == "own"
         banned = (*traits.banned_ids, *(() if traits.mask_id is None else (traits.mask_id,)))
@@ -61,7 +70,7 @@ class ModelRunner:
         start = torch.cat([view.start for view in views]) if len(views) > 1 else views[0].start
 
         batch = build_batch(state, plan.rows, slots, span, start, traits, self.cache.page_size)
-        hidden = self.decoder.forward(batch.ids, batch.positions, batch.slots, self.cache, batch.layout)
+        hidden = self._forward(batch)
         width = span.targets.shape[1]
         if batch.logits is not None:
             flags = SamplingFlags(False, False, False, False)
@@ -79,6 +88,12 @@ class ModelRunner:
             for group, view in zip(groups, views, strict=True)
         ]
         return [report for group, table in zip(groups, packed, strict=True) for report in _unpack(table, group.window)]
+
+    def _forward(self, batch: ForwardBatch) -> Tensor:
+        hidden = self.graphs.forward(batch) if self.graphs is not None else None
+        if hidden is None:
+            hidden = self.decoder.forward(batch.ids, batch.positions, batch.slots, self.cache, batch.layout)
+        return hidden
 
     def _advance(
         self, group: Group, view: RowView, span: Span, whole: Tensor, statistics: WindowStatistics

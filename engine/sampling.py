@@ -129,10 +129,13 @@ def to_window(rows: LogitRows, token: Tensor, confidence: Tensor, count: int, wi
     """Scatter [M] results to the [count, window] grid; what the host reserved in vain goes to a column cut off here."""
     device = token.device
     column = torch.where(rows.valid, rows.offset, window)
-    ids = torch.zeros((count, window + 1), dtype=torch.int64, device=device)
-    scores = torch.full((count, window + 1), -torch.inf, device=device)
-    asked = torch.zeros((count, window + 1), dtype=torch.bool, device=device)
-    ids[rows.row, column] = token
-    scores[rows.row, column] = confidence
-    asked[rows.row, column] = True
-    return WindowStatistics(asked[:, :window], ids[:, :window], scores[:, :window])
+    # Scattered, not assigned: writing a Python scalar through tensor indices would wait for the device.
+    at = rows.row * (window + 1) + column
+    size = count * (window + 1)
+    ids = torch.zeros(size, dtype=torch.int64, device=device).scatter_(0, at, token)
+    scores = torch.full((size,), -torch.inf, device=device).scatter_(0, at, confidence)
+    asked = torch.zeros(size, dtype=torch.bool, device=device).scatter_(0, at, rows.valid)
+    grid = (count, window + 1)
+    return WindowStatistics(
+        asked.view(grid)[:, :window], ids.view(grid)[:, :window], scores.view(grid)[:, :window]
+    )

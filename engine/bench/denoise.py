@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,11 +18,15 @@ from ..params import SamplingParams
 
 @dataclass(frozen=True)
 class DenoiseRow:
-    """Median milliseconds of a step: as the host sees it, and on the device between its first and last kernel."""
+    """Median milliseconds of a step: as the host sees it, and on the device between its first and last kernel.
+
+    positions: median of the rows that a step's forward has.
+    """
 
     sequences: int
     block: int
     context: int
+    positions: float
     step_ms: float
     device_ms: float | None
     floor_ms: float | None
@@ -35,10 +38,10 @@ class DenoiseRow:
 def measure_denoise(
     core: EngineCore, sequences: int, context: int, floor_ms: float | None, steps: int = 20
 ) -> DenoiseRow:
-    """Prefill `sequences` prompts of `context` tokens, then time steps that each refine every row's active block.
+    """Prefill `sequences` prompts of `context` tokens, then time steps that refine every row's active block.
 
-    A threshold of 1 commits one position a step, so that for as many steps as a block has positions each step is a
-    denoise forward of all rows and nothing else.
+    A threshold of 1 commits one position a step. A row whose block is full runs its commit with the next block's first
+    step; such steps count too, as they would under load.
     """
     block = core.traits.block_size
     rng = random.Random(0)
@@ -46,16 +49,22 @@ def measure_denoise(
     decoding = resolve(core.info, wanted)
     # Half a block of prompt in the first block would shorten it: keep to the grid.
     length = context // block * block
-    sampling = SamplingParams(max_tokens=4 * block + 64, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=core.info.max_model_len - length, temperature=0.0)
     names = [f"bench-{i}" for i in range(sequences)]
     for name in names:
         prompt = [rng.randrange(core.info.vocab_size) for _ in range(length)]
         core.add(AddRequest(request_id=name, prompt=prompt, sampling=sampling, decoding=decoding))
-    while any(s.forwards == 0 or s.clean for s in core.scheduler.running) or core.scheduler.waiting:
+    while core.scheduler.waiting or any(s.prefilling for s in core.scheduler.running):
         core.step()
-    for _ in range(2):
+    for _ in range(3):
         core.step()
-    samples = list(_timed(core, steps))
+    positions = []
+    samples = []
+    for _ in range(steps):
+        positions.append(sum(s.width for s in core.scheduler.running))
+        samples.append(_timed_step(core))
+    if len(core.scheduler.running) != sequences:
+        raise RuntimeError("sequences ended while they were timed: ask for fewer steps")
     for name in names:
         core.abort(Abort(request_id=name))
     device = [d for _, d in samples if d is not None]
@@ -63,31 +72,26 @@ def measure_denoise(
         sequences,
         block,
         context,
+        statistics.median(positions),
         statistics.median(host for host, _ in samples) * 1e3,
         statistics.median(device) if device else None,
         floor_ms,
     )
 
 
-def _timed(core: EngineCore, steps: int) -> Iterator[tuple[float, float | None]]:
-    """(host seconds, device milliseconds) of steps in which every row only denoises."""
+def _timed_step(core: EngineCore) -> tuple[float, float | None]:
+    """(host seconds, device milliseconds) of one step; device milliseconds on CUDA only."""
     cuda = core.runner.state.device.type == "cuda"
-    taken = tries = 0
-    while taken < steps and tries < 20 * steps:
-        tries += 1
-        denoises = all(s.clean == 0 and s.width <= core.traits.block_size for s in core.scheduler.running)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if cuda else (None, None)
-        began = time.perf_counter()
-        if first is not None:
-            first.record()
-        core.step()
-        if last is not None:
-            last.record()
-            last.synchronize()
-        seconds = time.perf_counter() - began
-        if denoises:
-            taken += 1
-            yield seconds, first.elapsed_time(last) if first is not None and last is not None else None
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if cuda else (None, None)
+    began = time.perf_counter()
+    if first is not None:
+        first.record()
+    core.step()
+    if last is not None:
+        last.record()
+        last.synchronize()
+    seconds = time.perf_counter() - began
+    return seconds, first.elapsed_time(last) if first is not None and last is not None else None
 
 
 def weight_floor_ms(core: EngineCore, bytes_per_second: float) -> float:

@@ -69,7 +69,7 @@ def bench_shape(
         core = EngineCore(load_model(msgspec.structs.replace(config, model=str(path), random_weights=True)))
     bandwidth = copy_bandwidth(core.runner.state.device)
     floor = weight_floor_ms(core, bandwidth)
-    table = Table("sequences", "block", "context", "step ms", "device ms", "floor ms", "step / floor", title=shape)
+    table = Table("sequences", "block", "context", "positions", "step ms", "device ms", "floor ms", "step / floor", title=shape)
     rows = []
     for context in contexts:
         for count in sequences:
@@ -77,7 +77,7 @@ def bench_shape(
             rows.append(row.as_dict())
             device = f"{row.device_ms:.2f}" if row.device_ms else "-"
             ratio = f"{row.step_ms / floor:.2f}"
-            table.add_row(*map(str, (count, row.block, context)), f"{row.step_ms:.2f}", device, f"{floor:.2f}", ratio)
+            table.add_row(*map(str, (count, row.block, context, f"{row.positions:.0f}")), f"{row.step_ms:.2f}", device, f"{floor:.2f}", ratio)
     console.print(table)
     return {"machine": machine(), "shape": shape, "copy_GBps": bandwidth / 1e9, "denoise": rows}
 

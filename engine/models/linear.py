@@ -1,9 +1,174 @@
-"""Linear layers, packed for the device (placeholder until measured)."""
-from __future__ import annotations
-from collections.abc import Callable
-from typing import Literal
-from torch import Tensor
-from torch.nn.functional import linear
+"""Linear layers, packed once for the device they run on.
 
-def pack_linear(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"]) -> Callable[[Tensor], Tensor]:
-    return lambda x: linear(x, weight, bias)
+Measured (Zen 3, AVX2, two threads; SmolLM2-135M's 30 layers, all weights distinct; speed against F.linear in float32):
+
+| rows | oneDNN | float16 weights | int8 |
+|---|---|---|---|
+| 1 | 1.5 | 1.9 | 2.3 |
+| 4 | 2.3 | 4.4 | 4.1 |
+| 16 | 1.5 | 2.3 | 2.7 |
+| 64 | 1.1 | 1.4 | 2.0 |
+| 256 | 1.0 | 1.1 | 1.6 |
+
+Few rows are bound by reading the weights, so halving these counts for more than arithmetic. Rejected: weights stored
+transposed (0.6 to 1.9), MKL's packed format (0.6 to 1.9), weight-only int8 (`_weight_int8pack_mm`, 0.4 at best).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from ..errors import ConfigError
+
+Linear = Callable[[Tensor], Tensor]
+
+# FBGEMM works through batches in slices of this many rows.
+_SLICE = 120
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"]) -> Linear:
+    """The fastest form of `x @ weight.T + bias` for the device and dtype: [rows, in] -> [rows, out], same dtype.
+
+    weight: [out, in], bias: [out] or None; neither is kept where a packed copy takes its place. Mode "none" is exact to
+    the rounding of sums, and a row's result does not depend on the other rows, bit for bit, in float32 on the CPU.
+    Mode "int8" is approximate (see Int8Linear). Raises ConfigError where the machine has no int8 kernel.
+    """
+    on_cpu = weight.device.type == "cpu"
+    if mode == "int8":
+        if not (on_cpu and _has_fbgemm()):
+            raise ConfigError("quantization int8 needs an x86 CPU with AVX2: use quantization none")
+        return Int8Linear(weight, bias)
+    if on_cpu and weight.dtype == torch.float32:
+        if _has_fbgemm() and fits_float16(weight):
+            return HalfLinear(weight, bias)
+        if _has_onednn():
+            return OneDnnLinear(weight, bias)
+    return DenseLinear(weight, bias)
+
+
+class DenseLinear:
+    """torch's own kernel: every GPU, half precision on the CPU, and processors without the libraries below."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self._weight, self._bias)
+
+
+class HalfLinear:
+    """float32 arithmetic on weights kept in float16, for weights that lose nothing by it (`fits_float16`).
+
+    FBGEMM adds up a row along `in` in one order, except where the number of rows leaves a remainder of one or two to
+    a kernel of their own. Such batches get a few rows of zeros more, so that a row's result stays its own.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        self._stable = _stable_rows()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        remainder = rows % _SLICE
+        more = self._stable[remainder] - remainder
+        if more == 0:
+            y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+            return y
+        y = torch.ops.quantized.linear_dynamic_fp16(pad(x, (0, 0, 0, more)), self._packed)
+        return y[:rows]
+
+
+class OneDnnLinear:
+    """oneDNN's blocked layout, for float32 weights that need float32. A row's result never depends on the others."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        # The layout is chosen for a batch of 16 rows, which was also the best one for 1 and for 64.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return y
+
+
+class Int8Linear:
+    """int8 weights per output channel, activations quantised at 8 bits after each row is scaled to [-1, 1].
+
+    One outlier row therefore costs the others nothing, and the sums are of integers: a row's result is its own, bit
+    for bit. Before VNNI the instruction adds pairs of products in 16 bits, which overflow unless one side keeps to
+    7 bits; weights bear that better than activations. Over 1000 tokens of prose SmolLM2 then agrees with float32 on
+    the most likely token at 88 % of positions (KL 0.046); with 7-bit activations at 80 % (0.12).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        weight = weight.float()
+        levels = 127 if _has_vnni() else 63
+        scales = weight.abs().amax(1).clamp_min(1e-8).double() / levels  # [out]
+        zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch 2.13 announces the end of quantised tensor types
+            quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self._bias = None if bias is None else bias.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values = x.float()
+        size = values.abs().amax(-1, keepdim=True).clamp_min_(1e-8)  # [rows, 1]
+        y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            values / size, 1 / 127, 128, self._packed
+        )
+        y = y.mul_(size) if self._bias is None else torch.addcmul(self._bias, y, size)
+        return y.to(x.dtype)
+
+
+def fits_float16(weight: Tensor) -> bool:
+    """Whether float16 holds float32 `weight` to within 2**-25, half its smallest step.
+
+    True of weights that came from float16, and of those from bfloat16 within range: of these only values below 2**-17
+    are rounded at all. [out, in]
+    """
+    # In slices: the copies of a whole vocabulary's weight would be the largest allocation of a start.
+    return all(bool(((part.half().float() - part).abs() <= 2**-25).all()) for part in weight.split(4096))
+
+
+def _has_fbgemm() -> bool:
+    return torch.backends.quantized.engine in ("x86", "fbgemm")  # torch offers these where the CPU has AVX2
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def _has_vnni() -> bool:
+    return bool(torch.cpu._is_vnni_supported())
+
+
+@lru_cache(maxsize=1)
+def _stable_rows() -> tuple[int, ...]:
+    """For r rows in [0, 120], the least number of rows >= r whose results have the bits of a full slice.
+
+    Found by trying, as the kernels' partition of rows differs between instruction sets and releases (20 ms, once).
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 600, generator=generator).half().float()
+    row = torch.randn(1, 600, generator=generator)
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+
+    def run(rows: int) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(row.expand(rows, -1).contiguous(), packed)
+        return y
+
+    reference = run(_SLICE)[:1]
+    stable = [_SLICE] * (_SLICE + 1)
+    for rows in range(_SLICE, 0, -1):
+        same = bool((run(rows) == reference).all())
+        stable[rows] = rows if same or rows == _SLICE else stable[rows + 1]
+    stable[0] = 0
+    return tuple(stable)
