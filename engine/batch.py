@@ -132,6 +132,6 @@ def _logit_rows(
     return LogitRows(source, row, slots[row], offset, position, valid)
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:  # type: ignore[type-arg]
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -5,6 +5,7 @@ The engine has no code path named after a model; it reads these traits (design: 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,8 +84,8 @@ def family_from_config(
 ) -> FamilyTraits:
     """Derive the traits of a checkpoint from its config.json and generation_config.json.
 
-    A `linocut` object in config.json (written by our own converters) adds `banned_ids`. `block_size` and
-    `mask_id` override the checkpoint's for block-causal families. Raises ModelError for a model type that no family covers.
+    A `linocut` object in config.json (written by our own converters) adds `banned_ids`. `block_size` and `mask_id`
+    override the checkpoint's for block-causal families. Raises ModelError for a model type that no family covers.
     """
     model_type = str(config.get("model_type", "")).lower()
     name = FAMILY_OF_MODEL_TYPE.get(model_type)
@@ -94,18 +95,22 @@ def family_from_config(
     own = config.get("linocut") or {}
     generation = generation_config or {}
     stop_ids = dict.fromkeys(_ids(generation.get("eos_token_id")) + _ids(config.get("eos_token_id")))
-    common = {"stop_ids": tuple(stop_ids), "banned_ids": _ids(own.get("banned_ids"))}
+    stops, banned = tuple(stop_ids), _ids(own.get("banned_ids"))
     if name == "ar":
         if block_size not in (None, 1):
-            raise ModelError(f"block_size {block_size} does not apply to an autoregressive model (model_type {model_type})")
-        return FamilyTraits(name, "token-causal", "previous", 1, 1, None, **common)
+            raise ModelError(
+                f"block_size {block_size} does not apply to an autoregressive model (model_type {model_type})"
+            )
+        return FamilyTraits(name, "token-causal", "previous", 1, 1, None, stops, banned)
 
     named = config.get("mask_token_id", config.get("mask_id")) if mask_id is None else mask_id
     mask = PUBLISHED_MASK_ID[name] if named is None else int(named)
     if not 0 <= mask < int(config["vocab_size"]):
-        raise ModelError(f"mask id {mask} lies outside the vocabulary of {config['vocab_size']}: name it in config.json or on the command line")
+        raise ModelError(
+            f"mask id {mask} is not in the vocabulary of {config['vocab_size']}: name it in config.json or by --mask-id"
+        )
     if name == "fast_dllm_v2":
         size = block_size or int(config.get("bd_size", 32))
-        return FamilyTraits(name, "block-causal", "previous", size, min(8, size), mask, **common)
+        return FamilyTraits(name, "block-causal", "previous", size, math.gcd(8, size), mask, stops, banned)
     size = block_size or int(config.get("block_size", 4))
-    return FamilyTraits(name, "block-causal", "own", size, size, mask, fused_norm=True, **common)
+    return FamilyTraits(name, "block-causal", "own", size, size, mask, stops, banned, fused_norm=True)

@@ -13,8 +13,8 @@ import torch
 
 from linocut.kernels.backend import Backend, default_backend
 
-from .cache.prefix import PrefixCache
 from .cache.pages import PagePool
+from .cache.prefix import PrefixCache
 from .config import EngineConfig
 from .decoding.parameters import resolve, strategies_for
 from .errors import ConfigError, ModelError
@@ -112,9 +112,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     pool = PagePool(pages)
     fingerprint = f"{traits.context}/{traits.block_size}/start"
     prefix = PrefixCache(pool, config.page_size, traits.block_size, fingerprint, config.prefix_caching)
-    scheduler = Scheduler(
-        pool, prefix, page_size=config.page_size, max_running=max_running, token_budget=token_budget
-    )
+    scheduler = Scheduler(pool, prefix, page_size=config.page_size, max_running=max_running, token_budget=token_budget)
     info = ModelInfo(
         family=traits.name,
         context=traits.context,

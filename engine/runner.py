@@ -95,9 +95,7 @@ class ModelRunner:
             hidden = self.decoder.forward(batch.ids, batch.positions, batch.slots, self.cache, batch.layout)
         return hidden
 
-    def _advance(
-        self, group: Group, view: RowView, span: Span, whole: Tensor, statistics: WindowStatistics
-    ) -> Tensor:
+    def _advance(self, group: Group, view: RowView, span: Span, whole: Tensor, statistics: WindowStatistics) -> Tensor:
         """Decide and advance one group; returns its packed report, [rows, 8 + 2 W] int32."""
         strategy = self.strategies[group.strategy]
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
@@ -151,7 +149,9 @@ def _flags(sampling: SamplingParams, decoding: DecodingParams) -> SamplingFlags:
 
 def _rows(span: Span, group: Group) -> Span:
     at = slice(group.first, group.last)
-    return Span(span.run_start[at], span.run_end[at], span.clean_end[at], span.targets[at, : group.window], span.seeding[at])
+    return Span(
+        span.run_start[at], span.run_end[at], span.clean_end[at], span.targets[at, : group.window], span.seeding[at]
+    )
 
 
 def _cut(statistics: WindowStatistics, group: Group) -> WindowStatistics:

@@ -88,9 +88,7 @@ class Sampler:
             # amin, not a plain scatter: padding entries share id 0 with a real one.
             logits.scatter_reduce_(1, ids.clamp(min=0), floor, "amin")
 
-    def _sampling_rows(
-        self, state: RowState, rows: LogitRows, seeding: Tensor, flags: SamplingFlags
-    ) -> SamplingRows:
+    def _sampling_rows(self, state: RowState, rows: LogitRows, seeding: Tensor, flags: SamplingFlags) -> SamplingRows:
         slot = rows.slot
         temperature = state.temperature[slot]
         if self._reference:
@@ -136,6 +134,4 @@ def to_window(rows: LogitRows, token: Tensor, confidence: Tensor, count: int, wi
     scores = torch.full((size,), -torch.inf, device=device).scatter_(0, at, confidence)
     asked = torch.zeros(size, dtype=torch.bool, device=device).scatter_(0, at, rows.valid)
     grid = (count, window + 1)
-    return WindowStatistics(
-        asked.view(grid)[:, :window], ids.view(grid)[:, :window], scores.view(grid)[:, :window]
-    )
+    return WindowStatistics(asked.view(grid)[:, :window], ids.view(grid)[:, :window], scores.view(grid)[:, :window])

@@ -93,7 +93,9 @@ class Scheduler:
 
         admissions = []
         # Whoever was preempted just now must not take the pages back before the older ones have what they need.
-        candidates = [] if preemptions != self.counters.preemptions else [s for s in self.waiting if self._admissible(s)]
+        candidates = (
+            [] if preemptions != self.counters.preemptions else [s for s in self.waiting if self._admissible(s)]
+        )
         for sequence in candidates:
             if budget <= 0 or not self._slots or not self._admit(sequence):
                 break

@@ -19,7 +19,9 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     model: Annotated[str | None, typer.Argument(help="A folder or a hub id; without it, the embedded model.")] = None,
-    shape: Annotated[str | None, typer.Option(help="A published shape with random weights, instead of a model.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A published shape with random weights, instead of a model.")
+    ] = None,
     clients: Annotated[str, typer.Option(help="Concurrent sequences of the generation table.")] = "1,4,16",
     tokens: Annotated[int, typer.Option(help="Tokens generated per sequence.")] = 64,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,

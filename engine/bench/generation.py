@@ -32,7 +32,9 @@ class GenerationRow:
 def bench_prompts(count: int, length: int, vocab: int) -> list[list[int]]:
     """Prompts of ordinary ids, no two with a common prefix."""
     generator = torch.Generator().manual_seed(5)
-    table: list[list[int]] = torch.randint(min(1000, vocab // 4), min(vocab, 20000), (count, length), generator=generator).tolist()
+    table: list[list[int]] = torch.randint(
+        min(1000, vocab // 4), min(vocab, 20000), (count, length), generator=generator
+    ).tolist()
     return table
 
 

@@ -30,7 +30,12 @@ console = Console()
 def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def bench_model(
@@ -69,7 +74,9 @@ def bench_shape(
         core = EngineCore(load_model(msgspec.structs.replace(config, model=str(path), random_weights=True)))
     bandwidth = copy_bandwidth(core.runner.state.device)
     floor = weight_floor_ms(core, bandwidth)
-    table = Table("sequences", "block", "context", "positions", "step ms", "device ms", "floor ms", "step / floor", title=shape)
+    table = Table(
+        "sequences", "block", "context", "positions", "step ms", "device ms", "floor ms", "step / floor", title=shape
+    )
     rows = []
     for context in contexts:
         for count in sequences:
@@ -77,7 +84,13 @@ def bench_shape(
             rows.append(row.as_dict())
             device = f"{row.device_ms:.2f}" if row.device_ms else "-"
             ratio = f"{row.step_ms / floor:.2f}"
-            table.add_row(*map(str, (count, row.block, context, f"{row.positions:.0f}")), f"{row.step_ms:.2f}", device, f"{floor:.2f}", ratio)
+            table.add_row(
+                *map(str, (count, row.block, context, f"{row.positions:.0f}")),
+                f"{row.step_ms:.2f}",
+                device,
+                f"{floor:.2f}",
+                ratio,
+            )
     console.print(table)
     return {"machine": machine(), "shape": shape, "copy_GBps": bandwidth / 1e9, "denoise": rows}
 
@@ -111,7 +124,9 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 __all__ = ["SHAPES", "bench_model", "bench_shape", "write_json"]

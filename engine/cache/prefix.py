@@ -45,7 +45,9 @@ class PrefixCache:
         return len(self._idle) * self.unit_pages
 
     def root(self, salt: str) -> bytes:
-        return hashlib.blake2b(self._fingerprint + b"\0" + salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        return hashlib.blake2b(
+            self._fingerprint + b"\0" + salt.encode("utf-8", "surrogatepass"), digest_size=16
+        ).digest()
 
     def next_key(self, key: bytes, tokens: Items[int]) -> bytes:
         return hashlib.blake2b(key + array("q", tokens).tobytes(), digest_size=16).digest()

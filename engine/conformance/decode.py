@@ -41,7 +41,11 @@ def judge(fixture: Fixture, case: dict[str, Any], block: int, problems: list[tup
         return Result(case["name"], "pass")
     reasons = set()
     for prompt, _ in problems:
-        known = [why for family, applies, why in KNOWN_DIFFERENCES if family == fixture.family and applies(case, prompt, block)]
+        known = [
+            why
+            for family, applies, why in KNOWN_DIFFERENCES
+            if family == fixture.family and applies(case, prompt, block)
+        ]
         if not known:
             return Result(case["name"], "fail", "; ".join(problem for _, problem in problems)[:300])
         reasons.add(known[0])
@@ -71,7 +75,7 @@ def compare(
     request: AddRequest,
     check: Callable[[Trace], list[str]],
 ) -> list[tuple[list[int], str]]:
-    """Run a case alone and among strangers; `check` names what is wrong with a trace. Returns (prompt, problem) pairs."""
+    """Run a case alone and among strangers; returns (prompt, problem) pairs. `check` names a trace's faults."""
     problems = [f"alone: {problem}" for problem in check(trace_one(core, request))]
     crowd = strangers(core, case["name"])
     problems += [f"among strangers: {p}" for p in check(trace_one(core, request, crowd, delay=3))]

@@ -46,7 +46,8 @@ class Fixture:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "golden.safetensors")
+        loaded: dict[str, Tensor] = load_file(self.folder / "golden.safetensors")
+        return loaded
 
     def cases(self, kind: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.meta.get(kind, [])
@@ -56,7 +57,9 @@ class Fixture:
     def case_count(self) -> int:
         return sum(len(value) for key, value in self.meta.items() if key.endswith("_cases"))
 
-    def engine(self, block_size: int | None, stop_ids: tuple[int, ...], numerics: Literal["fast", "reference"]) -> EngineCore:
+    def engine(
+        self, block_size: int | None, stop_ids: tuple[int, ...], numerics: Literal["fast", "reference"]
+    ) -> EngineCore:
         """An engine in float32 on the CPU; page 8 so that blocks of 4 share pages and blocks of 32 span several."""
         key = (block_size, stop_ids, numerics)
         if key not in self._engines:

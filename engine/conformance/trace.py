@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..core import EngineCore
 from ..messages import Abort, AddRequest
@@ -22,16 +23,22 @@ class Trace:
 
 
 def greedy_request(
-    name: str, prompt: list[int], max_tokens: int, decoding: DecodingParams, **sampling: object
+    name: str, prompt: list[int], max_tokens: int, decoding: DecodingParams, **sampling: Any
 ) -> AddRequest:
-    values: dict[str, object] = {"temperature": 0.0, "max_tokens": max_tokens, **sampling}
+    values: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens, **sampling}
     return AddRequest(
-        request_id=name, prompt=list(prompt), sampling=SamplingParams(**values), decoding=decoding  # type: ignore[arg-type]
+        request_id=name,
+        prompt=list(prompt),
+        sampling=SamplingParams(**values),
+        decoding=decoding,
     )
 
 
 def trace_one(core: EngineCore, request: AddRequest, strangers: list[AddRequest] = [], delay: int = 0) -> Trace:  # noqa: B006
-    """Run `request` to its end and trace it; `strangers` join before it, and again `delay` steps later under new names."""
+    """Run `request` to its end and trace it.
+
+    `strangers` join `delay` steps before it, and once more, under other names, while it runs.
+    """
     for stranger in strangers:
         core.add(stranger)
     for _ in range(delay):

@@ -27,13 +27,19 @@ class StaticParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Commit a fixed number of positions per forward (MaskGIT schedule; SDAR `low_confidence_static`, `sequential`)."""
 
     denoising_steps: Annotated[int, Meta(ge=1, description="forwards a block takes; default: its length")] | None = None
-    order: Annotated[Literal["confidence", "sequential"], Meta(description="best first, or left to right")] = "confidence"
+    order: Annotated[Literal["confidence", "sequential"], Meta(description="best first, or left to right")] = (
+        "confidence"
+    )
     confidence: Annotated[
         Literal["tempered", "filtered"],
         Meta(description="probability before, or after, top-k/top-p/min-p (renormalised)"),
     ] = "tempered"
-    sub_block_size: Annotated[int, Meta(ge=1, description="positions refined together; divides the block")] | None = None
-    sub_block_cache: Annotated[bool, Meta(description="refine a sub-block on stale K/V of the others (approximate)")] = False
+    sub_block_size: Annotated[int, Meta(ge=1, description="positions refined together; divides the block")] | None = (
+        None
+    )
+    sub_block_cache: Annotated[
+        bool, Meta(description="refine a sub-block on stale K/V of the others (approximate)")
+    ] = False
 
 
 class ThresholdParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,13 +50,19 @@ class ThresholdParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     threshold: Annotated[float, Meta(ge=0.0, le=1.0, description="commit if confidence > threshold")] = 0.9
-    denoising_steps: Annotated[int, Meta(ge=1, description="schedule that sets the floor; default: block length")] | None = None
+    denoising_steps: (
+        Annotated[int, Meta(ge=1, description="schedule that sets the floor; default: block length")] | None
+    ) = None
     confidence: Annotated[
         Literal["tempered", "filtered"],
         Meta(description="probability before, or after, top-k/top-p/min-p (renormalised)"),
     ] = "tempered"
-    sub_block_size: Annotated[int, Meta(ge=1, description="positions refined together; divides the block")] | None = None
-    sub_block_cache: Annotated[bool, Meta(description="refine a sub-block on stale K/V of the others (approximate)")] = False
+    sub_block_size: Annotated[int, Meta(ge=1, description="positions refined together; divides the block")] | None = (
+        None
+    )
+    sub_block_cache: Annotated[
+        bool, Meta(description="refine a sub-block on stale K/V of the others (approximate)")
+    ] = False
 
 
 class AutoregressiveParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -59,7 +59,7 @@ class WindowStatistics:
 class Decision:
     """commit: [rows, W] bool, positions decided now; tokens: [rows, W] their ids.
 
-    drafts: [rows, W] ids to stand at positions that stay undecided, counted from the new `start`; None keeps the filler.
+    drafts: [rows, W] ids to stand at undecided positions, counted from the new `start`; None keeps what is there.
     """
 
     commit: Tensor

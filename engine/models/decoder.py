@@ -133,9 +133,7 @@ class Decoder:
             q = rope_and_cache_write(q, k, v, self.rope, positions, slots, keys, values, backend=self.backend)
             attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend)
             x = layer.output(attended.reshape(attended.shape[0], -1))
-            x, residual = add_rms_norm(
-                x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend
-            )
+            x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
             x = layer.down(silu_and_mul(layer.gate_up(x), backend=self.backend))
             if index + 1 < len(self.layers):
                 following = self.layers[index + 1].input_norm

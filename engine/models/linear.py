@@ -37,7 +37,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8
     """The fastest form of `x @ weight.T + bias` for the device and dtype: [rows, in] -> [rows, out], same dtype.
 
     weight: [out, in], bias: [out] or None; neither is kept where a packed copy takes its place. Mode "none" is exact to
-    the rounding of sums, and a row's result does not depend on the other rows, bit for bit, in float32 on the CPU.
+    the rounding of sums, and in float32 on an x86 CPU a row's result is the same, bit for bit, beside any other rows.
     Mode "int8" is approximate (see Int8Linear). Raises ConfigError where the machine has no int8 kernel.
     """
     on_cpu = weight.device.type == "cpu"
@@ -129,13 +129,16 @@ class Int8Linear:
 
 
 def fits_float16(weight: Tensor) -> bool:
-    """Whether float16 holds float32 `weight` to within 2**-25, half its smallest step.
+    """Whether no value of float32 `weight` has more significant bits than float16, or is beyond its range. [out, in]
 
-    True of weights that came from float16, and of those from bfloat16 within range: of these only values below 2**-17
-    are rounded at all. [out, in]
+    True of what came from float16, and in practice from bfloat16: of that, float16 rounds only values below 2**-17,
+    and these by 2**-25 at most.
     """
-    # In slices: the copies of a whole vocabulary's weight would be the largest allocation of a start.
-    return all(bool(((part.half().float() - part).abs() <= 2**-25).all()) for part in weight.split(4096))
+    # In slices: a copy of a whole vocabulary's weight would be the largest allocation of a start.
+    for part in weight.split(4096):
+        if bool((part.view(torch.int32) & 0x1FFF).any()) or not bool(part.abs().max() <= 65504):
+            return False
+    return True
 
 
 def _has_fbgemm() -> bool:

@@ -44,7 +44,9 @@ def test_200_clients_that_hang_up_leave_nothing_behind(sdar: Server) -> None:
     sdar.wait_for("linocut_num_requests_waiting == 0")
     free, cached = sdar.metric("linocut_kv_pages_free"), sdar.metric("linocut_kv_pages_cached")
     assert free + cached == sdar.metric("linocut_kv_pages")
-    answer = httpx.post(f"{sdar.url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 9, "ignore_eos": True}, timeout=60)
+    answer = httpx.post(
+        f"{sdar.url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 9, "ignore_eos": True}, timeout=60
+    )
     assert answer.json()["usage"]["completion_tokens"] == 9
 
 

@@ -29,7 +29,11 @@ def test_a_question_is_answered(client: openai.OpenAI, model: str) -> None:
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 8  # the words, the full stop, the end of the turn
-    assert answer.usage.diffusion == {"forwards": 8, "tokens_per_forward": 1.0, "positions": answer.usage.diffusion["positions"]}
+    assert answer.usage.diffusion == {
+        "forwards": 8,
+        "tokens_per_forward": 1.0,
+        "positions": answer.usage.diffusion["positions"],
+    }
 
 
 def test_a_stream_is_the_same_text(client: openai.OpenAI, model: str) -> None:
@@ -70,7 +74,9 @@ def test_jacobi_gives_the_autoregressive_text(client: openai.OpenAI, model: str,
 
 def test_a_seed_repeats_a_sample_and_another_one_does_not(client: openai.OpenAI, model: str) -> None:
     def sample(seed: int) -> str:
-        story = client.completions.create(model=model, prompt="Once upon a time", max_tokens=16, temperature=1, seed=seed)
+        story = client.completions.create(
+            model=model, prompt="Once upon a time", max_tokens=16, temperature=1, seed=seed
+        )
         return story.choices[0].text
 
     assert sample(5) == sample(5)
@@ -78,7 +84,9 @@ def test_a_seed_repeats_a_sample_and_another_one_does_not(client: openai.OpenAI,
 
 
 def test_choices_are_samples_of_one_prompt(client: openai.OpenAI, model: str) -> None:
-    answer = client.completions.create(model=model, prompt="Once upon a time", max_tokens=12, temperature=1, seed=1, n=3)
+    answer = client.completions.create(
+        model=model, prompt="Once upon a time", max_tokens=12, temperature=1, seed=1, n=3
+    )
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({choice.text for choice in answer.choices}) > 1
     assert answer.usage is not None
@@ -96,13 +104,17 @@ def test_max_tokens_is_exact(client: openai.OpenAI, model: str) -> None:
 
 
 def test_a_stop_string_cuts_the_text(client: openai.OpenAI, model: str) -> None:
-    answer = client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=32, stop=[" is Par"])
+    answer = client.chat.completions.create(
+        model=model, messages=QUESTION, temperature=0, max_tokens=32, stop=[" is Par"]
+    )
     assert answer.choices[0].message.content == "The capital of France"
     assert answer.choices[0].finish_reason == "stop"
 
 
 def test_prompts_as_ids_and_lists_and_echo(client: openai.OpenAI, embedded: Server, model: str) -> None:
-    ids = httpx.post(f"{embedded.url}/tokenize", json={"model": model, "prompt": "The sea"}, timeout=30).json()["tokens"]
+    ids = httpx.post(f"{embedded.url}/tokenize", json={"model": model, "prompt": "The sea"}, timeout=30).json()[
+        "tokens"
+    ]
     answer = client.completions.create(model=model, prompt=[ids, ids], max_tokens=4, temperature=0, echo=True)
     assert len(answer.choices) == 2
     assert answer.choices[0].text == answer.choices[1].text
