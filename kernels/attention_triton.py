@@ -1,0 +1,289 @@
+"""Staircase attention as one Triton kernel for prefill, denoising and any mix of them.
+
+A program takes a tile of consecutive queries of one row and one key head. The query heads that share the key head are
+packed with the positions into the rows of its matrix products, so that a block of 4 positions with 7 heads each fills a
+tile of 32, and keys are read once for all. Long contexts of few rows are split over several programs, whose partial
+softmaxes a second kernel joins (flash decoding, Dao et al. 2023). Nothing here depends on values on the device: grids
+come from the layout's host-known bounds, so a CUDA graph captures it.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .attention import AttentionLayout
+
+_LOG2_E = 1.4426950408889634
+_MAP_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is cut and compiled."""
+
+    block_m: int  # rows of a tile: positions times heads per key head
+    block_n: int  # keys per step
+    splits: int  # programs that share a tile's keys
+    num_warps: int
+    num_stages: int
+
+
+def choose_config(
+    tokens: int,
+    rows: int,
+    max_query: int,
+    max_visible: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    processors: int,
+    itemsize: int = 2,
+) -> Config:
+    """Choose from host-known bounds only. The one place to tune."""
+    # A batch that mixes a prefill with many short rows is cut for its typical row, or those would mostly be padding.
+    typical = max(1, min(max_query, 4 * tokens // max(rows, 1)))
+    block_m = max(16, triton.next_power_of_2(typical * group))
+    block_m = max(min(block_m, 128 if itemsize == 2 else 64), triton.next_power_of_2(group))
+    positions = block_m // group
+    tiles = min(rows * triton.cdiv(max_query, positions), tokens // positions + rows)
+    # Three stages of 64 keys and values of 128 bfloat16 take 96 KiB: two programs per processor.
+    block_n = 64 if head_dim * itemsize <= 256 else 32
+    block_n = max(16, min(block_n, triton.next_power_of_2(max_visible)))
+    wanted = 2 * processors // max(1, tiles * kv_heads)
+    splits = 1
+    while splits * 2 <= min(wanted, max_visible // 256, 32):
+        splits *= 2
+    num_warps = 8 if block_m == 128 and head_dim >= 128 else 4
+    return Config(block_m, block_n, splits, num_warps, num_stages=3 if itemsize == 2 else 2)
+
+
+# Counts differ from batch to batch: compiling anew for each that is 1 or a multiple of 16 would stall requests.
+@triton.jit(do_not_specialize=["rows", "tokens", "tiles", "steps"])
+def _map_kernel(
+    start_ptr, map_ptr, rows, tokens, tiles, steps, POSITIONS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """map[tile] = (row, first query, number of queries). Row `rows` holds the padding tokens after the last row.
+
+    Row r gets the tiles from start[r] // POSITIONS + r on: at least as many as it needs, found without a prefix sum.
+    """
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)  # the last row whose first tile is at most `tile`, by bisection
+    high = tl.zeros([BLOCK], tl.int32) + rows + 1
+    for _ in range(steps):
+        middle = (low + high) // 2
+        first = tl.load(start_ptr + middle, middle <= rows, other=0) // POSITIONS + middle
+        below = (first <= tile) & (middle <= rows)
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    start = tl.load(start_ptr + low)
+    end = tl.load(start_ptr + low + 1, low < rows, other=tokens)
+    query = start + (tile - start // POSITIONS - low) * POSITIONS
+    count = tl.minimum(tl.maximum(end - query, 0), POSITIONS)
+    mask = tile < tiles
+    tl.store(map_ptr + tile * 3, low, mask)
+    tl.store(map_ptr + tile * 3 + 1, query, mask)
+    tl.store(map_ptr + tile * 3 + 2, count, mask)
+
+
+@triton.jit
+def _attend_keys(
+    acc, best, total, q, k_ptr, v_ptr, page_ptr, slot, end, visible, scratch_start, scratch_end, dimension,
+    k_page, k_slot, v_page, v_slot, scale,
+    PAGE: tl.constexpr, MASK: tl.constexpr, SCRATCH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over the slots `slot` [N]; without MASK, every query sees all of them."""
+    if MASK:
+        inside = slot < end
+        page = tl.load(page_ptr + slot // PAGE, inside, other=0).to(tl.int64)[:, None]
+    else:
+        page = tl.load(page_ptr + slot // PAGE).to(tl.int64)[:, None]
+    offset = (slot % PAGE)[:, None]
+    k_at = k_ptr + page * k_page + offset * k_slot + dimension[None, :]
+    v_at = v_ptr + page * v_page + offset * v_slot + dimension[None, :]
+    if MASK:
+        k = tl.load(k_at, inside[:, None], other=0.0)
+        v = tl.load(v_at, inside[:, None], other=0.0)
+    else:
+        k = tl.load(k_at)
+        v = tl.load(v_at)
+    if UPCAST:
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale  # [M, N], in units of log 2
+    if MASK:
+        seen = slot[None, :] < visible[:, None]
+        if SCRATCH:
+            seen |= (slot[None, :] >= scratch_start[:, None]) & (slot[None, :] < scratch_end[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, axis=1))
+    # A query that has seen nothing yet has a maximum of -inf, and -inf minus -inf is no number.
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - shift[:, None])
+    shrink = tl.exp2(best - shift)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
+    return acc, higher, total
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "page_row"])
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, best_ptr, total_ptr, map_ptr, page_ptr, visible_ptr, scratch_start_ptr,
+    scratch_end_ptr, rows, tokens, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, page_row, scale,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SCRATCH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, kv_heads, splits). out: [tokens, HEADS, HEAD_DIM], or with splits [splits, tokens, HEADS, HEAD_DIM]
+    float32, and best and total [splits, tokens, HEADS] float32."""
+    # The last tiles of a causal row have the most keys: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row = tl.load(map_ptr + tile * 3)
+    first = tl.load(map_ptr + tile * 3 + 1)
+    count = tl.load(map_ptr + tile * 3 + 2)
+    if count > 0:
+        line = tl.arange(0, BLOCK_M)
+        position = line // GROUP
+        head = kv_head * GROUP + line % GROUP
+        live = position < count
+        token = (first + position).to(tl.int64)
+        dimension = tl.arange(0, HEAD_DIM)
+        q_at = q_ptr + token[:, None] * q_token + head[:, None] * q_head + dimension[None, :]
+        q = tl.load(q_at, live[:, None], other=0.0)
+        if UPCAST:
+            q = q.to(tl.float32)
+        visible = tl.load(visible_ptr + token, live & (row < rows), other=0)
+        scratch_start = visible
+        scratch_end = visible
+        end = tl.max(visible, axis=0)
+        if SCRATCH:
+            scratch_start = tl.load(scratch_start_ptr + token, live & (row < rows), other=0)
+            scratch_end = tl.load(scratch_end_ptr + token, live & (row < rows), other=0)
+            end = tl.maximum(end, tl.max(tl.where(scratch_end > scratch_start, scratch_end, 0), axis=0))
+        all_see = tl.min(tl.where(live, visible, 0x7FFFFFFF), axis=0)
+        split = tl.program_id(2)
+        low = 0
+        if SPLIT:
+            share = tl.cdiv(tl.cdiv(end, tl.num_programs(2)), BLOCK_N) * BLOCK_N
+            low = split * share
+            end = tl.minimum(end, low + share)
+        unmasked = tl.maximum(low, tl.minimum(all_see, end) // BLOCK_N * BLOCK_N)
+
+        acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        k_ptr += kv_head * k_head
+        v_ptr += kv_head * v_head
+        page_ptr += row * page_row
+        lane = tl.arange(0, BLOCK_N)
+        for start in range(low, unmasked, BLOCK_N):
+            acc, best, total = _attend_keys(
+                acc, best, total, q, k_ptr, v_ptr, page_ptr, start + lane, end, visible, scratch_start, scratch_end,
+                dimension, k_page, k_slot, v_page, v_slot, scale, PAGE, False, SCRATCH, UPCAST,
+            )  # fmt: skip
+        for start in range(unmasked, end, BLOCK_N):
+            acc, best, total = _attend_keys(
+                acc, best, total, q, k_ptr, v_ptr, page_ptr, start + lane, end, visible, scratch_start, scratch_end,
+                dimension, k_page, k_slot, v_page, v_slot, scale, PAGE, True, SCRATCH, UPCAST,
+            )  # fmt: skip
+
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        place = token * HEADS + head
+        if SPLIT:
+            place += split.to(tl.int64) * tokens * HEADS
+            tl.store(best_ptr + place, best, live)
+            tl.store(total_ptr + place, total, live)
+        tl.store(
+            out_ptr + place[:, None] * HEAD_DIM + dimension[None, :], acc.to(out_ptr.dtype.element_ty), live[:, None]
+        )
+
+
+@triton.jit(do_not_specialize=["count"])
+def _join_kernel(
+    part_ptr, best_ptr, total_ptr, out_ptr, count, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Grid (tokens * heads): the weighted mean of the splits' results."""
+    place = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, SPLITS).to(tl.int64) * count + place
+    best = tl.load(best_ptr + places)
+    total = tl.load(total_ptr + places)
+    highest = tl.max(best, axis=0)
+    weight = total * tl.exp2(best - tl.where(highest == float("-inf"), 0.0, highest))
+    dimension = tl.arange(0, HEAD_DIM)
+    part_at = part_ptr + places[:, None] * HEAD_DIM + dimension[None, :]
+    part = tl.load(part_at, weight[:, None] > 0.0, other=0.0)
+    whole = tl.sum(weight, axis=0)
+    out = tl.sum(part * weight[:, None], axis=0) / tl.where(whole == 0.0, 1.0, whole)
+    tl.store(out_ptr + place * HEAD_DIM + dimension, out.to(out_ptr.dtype.element_ty))
+
+
+def triton_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: AttentionLayout, scale: float, config: Config | None = None
+) -> Tensor:
+    """`attention.staircase_attention`. head_dim and the page size must be powers of two, head_dim at least 16."""
+    tokens, heads, head_dim = q.shape
+    page_size, kv_heads = k_cache.shape[1:3]
+    group, rows = heads // kv_heads, layout.page_table.shape[0]
+    if head_dim < 16 or head_dim & (head_dim - 1) or page_size & (page_size - 1):
+        raise ValueError(f"the Triton kernel takes powers of two, not head_dim {head_dim} and pages of {page_size}")
+    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    if tokens == 0:
+        return out
+    if config is None:
+        config = choose_config(
+            tokens, rows, layout.max_query, layout.max_visible, kv_heads, group, head_dim,
+            _processors(q.device), q.element_size(),
+        )  # fmt: skip
+    positions = config.block_m // group
+    tile_map = _tile_map(layout, positions, tokens)
+    part, best, total = out, out, out
+    if config.splits > 1:
+        part = torch.empty((config.splits, tokens, heads, head_dim), dtype=torch.float32, device=q.device)
+        best = torch.empty((config.splits, tokens, heads), dtype=torch.float32, device=q.device)
+        total = torch.empty_like(best)
+    q = q if q.stride(2) == 1 else q.contiguous()
+    scratch = layout.scratch_start is not None
+    _attention_kernel[(tile_map.shape[0], kv_heads, config.splits)](
+        q, k_cache, v_cache, part, best, total, tile_map, layout.page_table, layout.visible,
+        layout.scratch_start if scratch else layout.visible, layout.scratch_end if scratch else layout.visible,
+        rows, tokens, q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        layout.page_table.stride(0), scale * _LOG2_E,
+        GROUP=group, HEADS=heads, PAGE=page_size, HEAD_DIM=head_dim,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=config.splits > 1, SCRATCH=scratch,
+        UPCAST=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if config.splits > 1:
+        _join_kernel[(tokens * heads,)](
+            part, best, total, out, tokens * heads, SPLITS=config.splits, HEAD_DIM=head_dim, num_warps=4
+        )
+    return out
+
+
+def _tile_map(layout: AttentionLayout, positions: int, tokens: int) -> Tensor:
+    """[tiles, 3] int32: row, first query and number of queries of each tile; made once per layout and tile size."""
+    key = ("tiles", positions)
+    if key not in layout.plans:
+        rows = layout.page_table.shape[0]
+        tiles = tokens // positions + rows + 1
+        found = torch.empty((tiles, 3), dtype=torch.int32, device=layout.query_start.device)
+        _map_kernel[(triton.cdiv(tiles, _MAP_BLOCK),)](
+            layout.query_start, found, rows, tokens, tiles, (rows + 1).bit_length(),
+            POSITIONS=positions, BLOCK=_MAP_BLOCK,
+        )  # fmt: skip
+        layout.plans[key] = found
+    result: Tensor = layout.plans[key]
+    return result
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,88 @@
+"""Every Triton kernel compiles for a Hopper GPU without one: the interpreter accepts what the compiler refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+PROGRAM = '''
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Device:
+    """Stands for a GPU: says what to compile for, and launches nothing."""
+
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+
+driver.set_active(Device())
+compiled = []
+
+
+def compile_only(kernel, grid):
+    def launch(*arguments, **settings):
+        compiled.append(kernel.warmup(*arguments, grid=grid, **settings))
+    return launch
+
+
+JITFunction.__getitem__ = compile_only
+
+from linocut.kernels.attention_triton import Config, triton_attention
+from linocut.kernels.filters import filter_cutoff
+from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
+from linocut.kernels.philox import gumbel_noise
+from linocut.kernels.ragged import ragged_case, sampling_case
+from linocut.kernels.rope import rope_and_cache_write, rope_table
+from linocut.kernels.statistics import partial_statistics
+from linocut.kernels.filters import Cutoff
+
+bfloat16, float32 = torch.bfloat16, torch.float32
+for dtype, group, head_dim, scratch, config in [
+    (bfloat16, 7, 128, False, None),
+    (bfloat16, 7, 128, True, Config(128, 64, 1, 8, 3)),
+    (bfloat16, 3, 64, True, Config(32, 64, 4, 4, 3)),
+    (float32, 4, 64, False, Config(16, 32, 2, 4, 2)),
+]:
+    shape = {"widths": [1, 8], "contexts": [30, 300], "page_size": 16, "scratch": scratch, "dtype": dtype}
+    triton_attention(*ragged_case(0, group=group, head_dim=head_dim, **shape), 0.1, config)
+for dtype in (bfloat16, float32):
+    x, weight = torch.zeros(1, 48, dtype=dtype), torch.zeros(48, dtype=dtype)
+    rms_norm(x, weight, 1e-6, False, backend="triton")
+    rms_norm(torch.zeros(3, 5, 48, dtype=dtype), weight, 1e-6, True, backend="triton")
+    add_rms_norm(x, x, weight, 1e-6, False, backend="triton")
+    silu_and_mul(x, backend="triton")
+    for heads, rotary_dim in ((4, 32), (1, 24)):
+        q, k, v = torch.zeros(1, heads + 2, 32, dtype=dtype).split([heads, 1, 1], dim=1)
+        table = rope_table(8, 32, 1e4, dtype, "cpu", rotary_dim=rotary_dim)
+        cache = torch.zeros(1, 16, 1, 32, dtype=dtype)
+        index = torch.zeros(1, dtype=torch.int32)
+        rope_and_cache_write(q, k, v, table, index, index.long(), cache, cache, backend="triton")
+    logits, sampling = sampling_case(0, rows=1, vocab=160, dtype=dtype)
+    filter_cutoff(logits, sampling, backend="triton")
+    cutoff = Cutoff(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    everything = {"entropy": True, "margin": True, "top_k": 3, "kept_total": True}
+    partial_statistics(logits, 0, sampling, cutoff=cutoff, backend="triton", **everything)
+    partial_statistics(logits, 1, None, backend="triton")
+gumbel_noise(sampling.seed, sampling.choice, sampling.position, sampling.step, 1, 50, backend="triton")
+for kernel in compiled:
+    assert kernel.asm["cubin"]
+print(len(compiled))
+'''
+
+
+def test_every_kernel_compiles_for_hopper():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout) >= 25

@@ -1,0 +1,75 @@
+"""Triton norms, activation and rotary embedding against the torch functions they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
+from linocut.kernels.rope import rope_and_cache_write, rope_table
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def close(found, expected):
+    """Equal but for the last bit; in float16 nearly always equal, which is how the order of rounding shows.
+
+    The interpreter truncates to bfloat16 where devices round, so there a few bits' difference says nothing:
+    `python -m linocut.kernels.check` compares bfloat16 on the device.
+    """
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    bits = 8 if found.dtype == torch.bfloat16 else 2
+    torch.testing.assert_close(
+        found, expected, rtol=bits * torch.finfo(found.dtype).eps, atol=2e-2 if bits == 8 else 2e-6
+    )
+    if found.dtype == torch.float16:
+        assert (found != expected).float().sum() <= 0.02 * found.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("shape", [(5, 48), (3, 7, 16), (40,), (2, 2, 3, 8), (0, 16)], ids=str)
+def test_rms_norm(dtype, fused, shape):
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    close(rms_norm(x, weight, 1e-5, fused, backend="triton"), rms_norm(x, weight, 1e-5, fused))
+
+
+def test_rms_norm_of_strided_heads():
+    heads, weight = torch.randn(9, 8, 32)[:, 2:5], torch.randn(32)
+    close(rms_norm(heads, weight, 1e-5, False, backend="triton"), rms_norm(heads, weight, 1e-5, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_add_rms_norm(dtype, fused):
+    x, residual, weight = torch.randn(6, 80).to(dtype)[:, :40], torch.randn(6, 40).to(dtype), torch.randn(40).to(dtype)
+    found = add_rms_norm(x, residual, weight, 1e-5, fused, backend="triton")
+    expected = add_rms_norm(x, residual, weight, 1e-5, fused)
+    close(found[1], expected[1])
+    close(found[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_and_mul(dtype):
+    gate_up = torch.randn(3, 2 * 1100).to(dtype)
+    close(silu_and_mul(gate_up, backend="triton"), silu_and_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "rotary_dim"), [(9, 3, 16), (12, 1, 8), (4, 4, 12)])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_rope_and_cache_write(dtype, heads, kv_heads, rotary_dim, index):
+    tokens, head_dim = 7, 16
+    fused = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
+    q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
+    table = rope_table(64, head_dim, 1e4, dtype, "cpu", rotary_dim=rotary_dim)
+    positions, slots = torch.randint(0, 64, (tokens,)).to(index), torch.randperm(40)[:tokens].to(index)
+    expected_caches = torch.zeros(2, 5, 8, kv_heads, head_dim, dtype=dtype)
+    caches = expected_caches.clone()
+    expected = rope_and_cache_write(q, k, v, table, positions, slots, *expected_caches)
+    found = rope_and_cache_write(q, k, v, table, positions, slots, *caches, backend="triton")
+    close(found, expected)
+    close(caches, expected_caches)
