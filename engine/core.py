@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from .decoding.parameters import resolve
 from .errors import ParameterError
 from .loading import LoadedModel
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, FinishReason
@@ -66,8 +67,9 @@ class EngineCore:
                 f"and max_tokens is {request.sampling.max_tokens}",
                 code="context_length_exceeded",
             )
-        if request.decoding.strategy not in info.strategies:
-            raise ParameterError("diffusion.strategy", f"{request.decoding.strategy!r} is not valid on this model")
+        if request.sampling.min_tokens > request.sampling.max_tokens:
+            raise ParameterError("min_tokens", "min_tokens must not exceed max_tokens")
+        resolve(info, {"strategy": request.decoding.strategy, **request.decoding.values})
 
     def abort(self, message: Abort) -> None:
         """End choices silently; unknown ones are ignored."""

@@ -103,8 +103,8 @@ def family_from_config(
             )
         return FamilyTraits(name, "token-causal", "previous", 1, 1, None, stops, banned)
 
-    named = config.get("mask_token_id", config.get("mask_id")) if mask_id is None else mask_id
-    mask = PUBLISHED_MASK_ID[name] if named is None else int(named)
+    named = (mask_id, config.get("mask_token_id"), config.get("mask_id"), PUBLISHED_MASK_ID[name])
+    mask = next(int(value) for value in named if value is not None)
     if not 0 <= mask < int(config["vocab_size"]):
         raise ModelError(
             f"mask id {mask} is not in the vocabulary of {config['vocab_size']}: name it in config.json or by --mask-id"

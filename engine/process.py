@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -72,14 +73,19 @@ class EngineProcess:
 
     def _receive(self, wait: bool) -> list[AddRequest | Abort | Shutdown]:
         """All messages that are there; with `wait`, at least one unless it is time to publish statistics."""
-        messages = []
+        messages: list[AddRequest | Abort | Shutdown] = []
         if wait:
             self._input.poll(int(STATS_INTERVAL * 1000))
         while True:
             try:
-                messages.append(self._decoder.decode(self._input.recv(zmq.NOBLOCK)))
+                data = self._input.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
+            try:
+                messages.append(self._decoder.decode(data))
+            except (msgspec.DecodeError, RecursionError) as error:
+                # One bad message must not end everybody's requests.
+                log.warning("dropped an input of %d bytes: %s", len(data), error)
 
     def _send(self, message: EngineOutput) -> None:
         self._output.send(self._encoder.encode(message))
@@ -103,11 +109,14 @@ def run_engine(config: EngineConfig, input_endpoint: str, output_endpoint: str) 
     """Entry point of the engine process."""
     # Ctrl-C reaches the whole process group; the server decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    # Not getppid(): the server may have died while this process was importing torch.
+    parent = multiprocessing.parent_process()
+    server = os.getppid() if parent is None else parent.pid
+    threading.Thread(target=_die_with_parent, args=(server,), daemon=True).start()
     EngineProcess(config, input_endpoint, output_endpoint).run()
 
 
-def _die_with_parent(parent: int) -> None:
+def _die_with_parent(parent: int | None) -> None:
     """An engine without a server holds memory for nobody."""
     while os.getppid() == parent:
         time.sleep(1.0)

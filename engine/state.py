@@ -143,7 +143,7 @@ def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int
         state.finish[slot] = 0
         state.temperature[slot] = sampling.temperature
         state.top_p[slot] = sampling.top_p
-        state.top_k[slot] = sampling.top_k
+        state.top_k[slot] = min(sampling.top_k, torch.iinfo(_INT).max)
         state.min_p[slot] = sampling.min_p
         state.seed[slot] = _signed(sampling.seed)
         state.choice[slot] = row.choice

@@ -54,15 +54,17 @@ def choose_config(
     block_m = max(min(block_m, 128 if itemsize == 2 else 64), triton.next_power_of_2(group))
     positions = block_m // group
     tiles = min(rows * triton.cdiv(max_query, positions), tokens // positions + rows)
-    # Three stages of 64 keys and values of 128 bfloat16 take 96 KiB: two programs per processor.
-    block_n = 64 if head_dim * itemsize <= 256 else 32
+    # As `check --tune` measured on an H100: large tiles want 128 keys and 8 warps, small ones 64 and 4; more splits than
+    # processors cost more in the join than they win.
+    large = block_m == 128 and head_dim == 128 and itemsize == 2
+    block_n = 128 if large else 64 if head_dim * itemsize <= 256 else 32
     block_n = max(16, min(block_n, triton.next_power_of_2(max_visible)))
-    wanted = 2 * processors // max(1, tiles * kv_heads)
+    wanted = processors // max(1, tiles * kv_heads)
     splits = 1
-    while splits * 2 <= min(wanted, max_visible // 256, 32):
+    while splits * 2 <= min(wanted, max_visible // 128, 16):
         splits *= 2
-    num_warps = 8 if block_m == 128 and head_dim >= 128 else 4
-    return Config(block_m, block_n, splits, num_warps, num_stages=3 if itemsize == 2 else 2)
+    num_stages = 4 if large else 3 if itemsize == 2 else 2
+    return Config(block_m, block_n, splits, num_warps=8 if large else 4, num_stages=num_stages)
 
 
 # Counts differ from batch to batch: compiling anew for each that is 1 or a multiple of 16 would stall requests.

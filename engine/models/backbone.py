@@ -87,3 +87,5 @@ def backbone_from_config(config: dict[str, Any]) -> Backbone:
         )
     except KeyError as error:
         raise ModelError(f"config.json lacks {error.args[0]!r}") from None
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"config.json holds a size that is no number: {error}") from None

@@ -14,6 +14,7 @@ from linocut.kernels.backend import Backend
 from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
 from linocut.kernels.rope import rope_and_cache_write, rope_table
 
+from ..errors import ModelError
 from .backbone import Backbone
 from .linear import pack_linear
 
@@ -82,7 +83,14 @@ class Decoder:
         b = backbone
         q_size, kv_size = b.heads * b.head_dim, b.kv_heads * b.head_dim
         self.scale = b.head_dim**-0.5
-        self.rope = rope_table(positions, b.head_dim, b.rope_theta, dtype, device, scaling=b.rope_scaling)
+        if b.heads % b.kv_heads:
+            raise ModelError(f"{b.heads} attention heads cannot share {b.kv_heads} key-value heads evenly")
+        try:
+            self.rope = rope_table(positions, b.head_dim, b.rope_theta, dtype, device, scaling=b.rope_scaling)
+        except KeyError as error:
+            raise ModelError(f"config.json's rope_scaling lacks {error.args[0]!r}") from None
+        except ValueError as error:
+            raise ModelError(str(error)) from None
         self.embedding = weights.get("model.embed_tokens.weight", (b.vocab, b.hidden))
         self.norm = weights.get("model.norm.weight", (b.hidden,))
         tied = b.tied_head or "lm_head.weight" not in weights
