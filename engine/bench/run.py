@@ -74,9 +74,8 @@ def bench_shape(
         core = EngineCore(load_model(msgspec.structs.replace(config, model=str(path), random_weights=True)))
     bandwidth = copy_bandwidth(core.runner.state.device)
     floor = weight_floor_ms(core, bandwidth)
-    table = Table(
-        "sequences", "block", "context", "positions", "step ms", "device ms", "floor ms", "step / floor", title=shape
-    )
+    headings = ("sequences", "block", "context", "rows", "step ms", "device", "floor", "ratio")
+    table = Table(*headings, title=f"{shape}: a denoise step, and reading the weights once")
     rows = []
     for context in contexts:
         for count in sequences:
