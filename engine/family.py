@@ -43,10 +43,6 @@ class FamilyTraits:
     def commit_seeds(self) -> bool:
         return self.logit_source == "previous"
 
-    @property
-    def autoregressive(self) -> bool:
-        return self.context == "token-causal" and self.block_size == 1
-
 
 # model_type (lower case) of a config.json -> family name. Plain backbones are served autoregressively.
 FAMILY_OF_MODEL_TYPE = {

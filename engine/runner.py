@@ -17,7 +17,7 @@ from .models.decoder import Decoder, KVCache
 from .params import DecodingParams, SamplingParams
 from .plan import RowPlan, RowReport, StepPlan
 from .sampling import Sampler, SamplingFlags, to_window
-from .state import RowState, admit_rows, grant_pages
+from .state import RowState, admit_rows, grant_pages, is_greedy
 
 
 @dataclass
@@ -48,6 +48,7 @@ class ModelRunner:
     ) -> None:
         self.decoder, self.cache, self.state, self.traits = decoder, cache, state, traits
         self.graphs = ForwardGraphs(decoder, cache) if graphs else None
+        self.reference = reference
         self.strategies = strategies(reference)
         self.stop_at_block_end = reference and traits.logit_source == "own"
         banned = (*traits.banned_ids, *(() if traits.mask_id is None else (traits.mask_id,)))
@@ -115,6 +116,10 @@ class ModelRunner:
     def _admit(self, plan: StepPlan) -> None:
         admit_rows(self.state, plan.admissions, self.traits.stop_ids, self.traits.mask_id)
         grant_pages(self.state, plan.grants)
+        if self.reference and plan.admissions:
+            # The authors' code compares probabilities of the model's dtype, which rounds the threshold to it too.
+            column = self.state.parameters["threshold"]
+            column.copy_(column.to(self.decoder.dtype))
         for row in plan.admissions:
             self._flags[row.slot] = _flags(row.sampling, row.decoding)
             draft = row.decoding.values.get("draft_length", 1)
@@ -140,7 +145,7 @@ class ModelRunner:
 def _flags(sampling: SamplingParams, decoding: DecodingParams) -> SamplingFlags:
     filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
     return SamplingFlags(
-        sampled=sampling.temperature > 0.0,
+        sampled=not is_greedy(sampling),
         filtered=filtered,
         stops_banned=sampling.ignore_eos or sampling.min_tokens > 0,
         filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",

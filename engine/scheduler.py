@@ -1,9 +1,9 @@
 """The scheduler: requests, pages and a token budget in, the plan of one forward out. Imports no torch.
 
-First come, first served. A forward holds denoise rows first, then prefill chunks of any number of whole blocks. A row
-that finished its block goes on with the next one at once; nothing waits for a neighbour. When pages run out the
-youngest running sequence is preempted: it loses its pages, keeps its tokens and its block's state, and is prefilled
-again later.
+Admission is first come, first served. A forward holds denoise rows first, then prefill chunks of any number of whole
+blocks; rows that the budget left out of the last forward go before both, so that nobody starves. A row that finished
+its block goes on with the next one at once; nothing waits for a neighbour. When pages run out the youngest running
+sequence is preempted: it loses its pages, keeps its tokens and its block's state, and is prefilled again later.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # by order of arrival
         self._slots = list(range(max_running - 1, -1, -1))
         self._planned: list[tuple[Sequence, RowPlan]] = []
+        self._step = 0
 
     # ---------------------------------------------------------------- requests
 
@@ -75,9 +76,7 @@ class Scheduler:
         budget = self.token_budget
         preemptions = self.counters.preemptions
 
-        denoising = [s for s in self.running if not s.prefilling]
-        prefilling = [s for s in self.running if s.prefilling]
-        for sequence in denoising + prefilling:
+        for sequence in sorted(self.running, key=lambda s: (s.last_step, s.prefilling, s.order)):
             if budget <= 0 or sequence.status is not Status.RUNNING:
                 continue
             width = self._width_within(sequence, budget)
@@ -93,19 +92,25 @@ class Scheduler:
 
         admissions = []
         # Whoever was preempted just now must not take the pages back before the older ones have what they need.
-        candidates = (
-            [] if preemptions != self.counters.preemptions else [s for s in self.waiting if self._admissible(s)]
-        )
+        candidates = list(self.waiting) if self._slots and preemptions == self.counters.preemptions else []
         for sequence in candidates:
-            if budget <= 0 or not self._slots or not self._admit(sequence):
+            if not self._slots:
+                break
+            if not self._admissible(sequence):
+                continue
+            if not self._admit(sequence):
                 break
             admissions.append(self._admission(sequence))
             grants[sequence] = PageGrant(self._slot(sequence), 0, list(sequence.pages))
+            # Without budget left it comes first in the next step.
             width = self._width_within(sequence, budget)
             if width:
                 rows[sequence] = self._row(sequence, width)
                 budget -= width
 
+        self._step += 1
+        for sequence in rows:
+            sequence.last_step = self._step
         self._planned = sorted(rows.items(), key=lambda item: (item[1].strategy, item[0].order))
         return StepPlan(admissions, list(grants.values()), [row for _, row in self._planned])
 
@@ -125,10 +130,6 @@ class Scheduler:
             committed.append((sequence, self._apply(sequence, row, report)))
         self._planned = []
         return committed
-
-    def update_nothing(self) -> None:
-        """Drop the last plan's rows: its admissions and grants were carried out, no forward was run."""
-        self._planned = []
 
     # ---------------------------------------------------------------- one row
 
@@ -282,7 +283,9 @@ class Scheduler:
 
     def _share_final_units(self, sequence: Sequence) -> None:
         size, per_unit = self.prefix.unit_tokens, self.prefix.unit_pages
-        while (len(sequence.units) + 1) * size <= sequence.final_len:
+        # Drafts behind a stop may have been right: their K/V is final, but they are no part of the text.
+        final = min(sequence.final_len, len(sequence.tokens))
+        while (len(sequence.units) + 1) * size <= final:
             index = len(sequence.units)
             sequence.key = self.prefix.next_key(sequence.key, sequence.tokens[index * size : (index + 1) * size])
             pages = tuple(sequence.pages[index * per_unit : (index + 1) * per_unit])

@@ -45,6 +45,7 @@ class Sequence:
     targets: int = 0
 
     status: Status = Status.WAITING
+    last_step: int = 0  # the scheduler's step in which it last ran
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     units: list[Unit | None] = field(default_factory=list)  # by unit index; None: pages are this sequence's own

@@ -7,10 +7,13 @@ can be enqueued before the host has seen the outcome of this one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .params import SamplingParams
 from .plan import Admission, PageGrant
 
 _INT = torch.int32
@@ -26,7 +29,6 @@ class RowState:
     tokens, decided: [rows, length]. Undecided positions hold the mask id, or a draft.
     prompt_len, start, final_len, step, limit: [rows]; see `Sequence`.
     fresh: [rows] bool, the active block's slots hold K/V of a whole-block forward (sub-block cache).
-    finish: [rows], 0 running, 1 stop id, 2 max_tokens.
     stops: [rows, K] ids that end the text, padded with -1; stops_from: [rows, K] the position below which each is
         banned (min_tokens; for ignore_eos the family's are banned up to `limit`).
     page_table: [rows, pages].
@@ -41,7 +43,6 @@ class RowState:
     step: Tensor
     limit: Tensor
     fresh: Tensor
-    finish: Tensor
     stops: Tensor
     stops_from: Tensor
     page_table: Tensor
@@ -92,7 +93,6 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
         step=ints(rows),
         limit=ints(rows),
         fresh=torch.zeros(rows, dtype=torch.bool, device=device),
-        finish=ints(rows),
         stops=torch.full((rows, 4), -1, dtype=_INT, device=device),
         stops_from=ints(rows, 4),
         page_table=ints(rows, pages),
@@ -114,49 +114,88 @@ def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int
 
     The mask id stands at undecided positions; without one, the row's own tokens do, as the first draft.
     """
-    for row in admissions:
-        slot, sampling = row.slot, row.sampling
-        known = len(row.tokens)
-        ids = [*row.tokens, *row.window[max(known - row.start, 0) :]]
-        if mask_id is None:
-            ids = (row.tokens * (1 + FIRST_DRAFT // known))[: known + FIRST_DRAFT]
-        else:
-            state.tokens[slot].fill_(mask_id)
-        state.tokens[slot, : len(ids)] = torch.tensor(ids, dtype=_INT)
-        state.decided[slot].fill_(False)
-        state.decided[slot, :known] = True
-        if row.decided:
-            state.decided[slot, row.start : row.start + len(row.decided)] = torch.tensor(row.decided)
-        limit, minimum = row.prompt_len + sampling.max_tokens, row.prompt_len + sampling.min_tokens
-        stops = {stop: limit if sampling.ignore_eos else minimum for stop in stop_ids}
-        stops |= {stop: minimum for stop in sampling.stop_token_ids}
-        _ensure_stop_columns(state, len(stops))
-        state.stops[slot].fill_(-1)
-        state.stops[slot, : len(stops)] = torch.tensor(list(stops), dtype=_INT)
-        state.stops_from[slot, : len(stops)] = torch.tensor(list(stops.values()), dtype=_INT)
-        state.prompt_len[slot] = row.prompt_len
-        state.start[slot] = row.start
-        state.final_len[slot] = row.final_len
-        state.step[slot] = row.step
-        state.limit[slot] = limit
-        state.fresh[slot] = False
-        state.finish[slot] = 0
-        state.temperature[slot] = sampling.temperature
-        state.top_p[slot] = sampling.top_p
-        state.top_k[slot] = min(sampling.top_k, torch.iinfo(_INT).max)
-        state.min_p[slot] = sampling.min_p
-        state.seed[slot] = _signed(sampling.seed)
-        state.choice[slot] = row.choice
-        for name, (_, default) in PARAMETER_COLUMNS.items():
-            value = row.decoding.values.get(name, default)
-            state.parameters[name][slot] = _CODES[name].get(value, 0) if isinstance(value, str) else value
+    if not admissions:
+        return
+    slots = _to_device(torch.tensor([row.slot for row in admissions]), state.device)
+
+    def write(column: Tensor, values: Tensor) -> None:
+        column.index_copy_(0, slots, _to_device(values.to(column.dtype), state.device))
+
+    def write_list(column: Tensor, values: list[Any]) -> None:
+        write(column, torch.tensor(values, dtype=column.dtype))
+
+    tokens, decided = _initial_tokens(admissions, state.tokens.shape[1], mask_id)
+    write(state.tokens, tokens)
+    write(state.decided, decided)
+    stops, stops_from = _stop_table(admissions, stop_ids)
+    _ensure_stop_columns(state, stops.shape[1])
+    write(state.stops, pad(stops, (0, state.stops.shape[1] - stops.shape[1]), value=-1))
+    write(state.stops_from, pad(stops_from, (0, state.stops.shape[1] - stops.shape[1])))
+    sampling = [row.sampling for row in admissions]
+    write_list(state.prompt_len, [row.prompt_len for row in admissions])
+    write_list(state.start, [row.start for row in admissions])
+    write_list(state.final_len, [row.final_len for row in admissions])
+    write_list(state.step, [row.step for row in admissions])
+    write_list(state.limit, [row.prompt_len + row.sampling.max_tokens for row in admissions])
+    write_list(state.fresh, [False] * len(admissions))
+    write_list(state.temperature, [0.0 if is_greedy(s) else s.temperature for s in sampling])
+    write_list(state.top_p, [s.top_p for s in sampling])
+    write_list(state.top_k, [min(s.top_k, torch.iinfo(_INT).max) for s in sampling])
+    write_list(state.min_p, [s.min_p for s in sampling])
+    write_list(state.seed, [_signed(s.seed) for s in sampling])
+    write_list(state.choice, [row.choice for row in admissions])
+    for name, (_, default) in PARAMETER_COLUMNS.items():
+        values = [row.decoding.values.get(name, default) for row in admissions]
+        write_list(state.parameters[name], [_CODES[name].get(v, 0) if isinstance(v, str) else v for v in values])
+
+
+def is_greedy(sampling: SamplingParams) -> bool:
+    """Temperatures below this leave nothing to chance, and their reciprocal would leave float32."""
+    return sampling.temperature < 1e-5
 
 
 def grant_pages(state: RowState, grants: list[PageGrant]) -> None:
     """Append pages to rows' tables."""
-    for grant in grants:
-        end = grant.first + len(grant.pages)
-        state.page_table[grant.slot, grant.first : end] = torch.tensor(grant.pages, dtype=_INT)
+    if not grants:
+        return
+    entries = [(g.slot, g.first + i, page) for g in grants for i, page in enumerate(g.pages)]
+    table = _to_device(torch.tensor(entries, dtype=torch.int64).reshape(-1, 3), state.device)
+    state.page_table.index_put_((table[:, 0], table[:, 1]), table[:, 2].to(_INT))
+
+
+def _initial_tokens(admissions: list[Admission], length: int, mask_id: int | None) -> tuple[Tensor, Tensor]:
+    """[rows, length] ids and flags of new rows."""
+    tokens = torch.full((len(admissions), length), mask_id or 0, dtype=_INT)
+    decided = torch.zeros((len(admissions), length), dtype=torch.bool)
+    for index, row in enumerate(admissions):
+        known = len(row.tokens)
+        if mask_id is None:
+            ids = (row.tokens * (2 + FIRST_DRAFT // known))[: known + FIRST_DRAFT]
+        else:
+            ids = [*row.tokens, *row.window[max(known - row.start, 0) :]]
+        tokens[index, : len(ids)] = torch.tensor(ids, dtype=_INT)
+        decided[index, :known] = True
+        if row.decided:
+            decided[index, row.start : row.start + len(row.decided)] = torch.tensor(row.decided)
+    return tokens, decided
+
+
+def _stop_table(admissions: list[Admission], stop_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """[rows, K] stop ids, -1 where there is none, and the position below which each is banned."""
+    rows = []
+    for row in admissions:
+        limit, minimum = row.prompt_len + row.sampling.max_tokens, row.prompt_len + row.sampling.min_tokens
+        stops = {stop: limit if row.sampling.ignore_eos else minimum for stop in stop_ids}
+        rows.append(stops | {stop: minimum for stop in row.sampling.stop_token_ids})
+    width = max(1, *(len(stops) for stops in rows)) if rows else 1
+    ids = torch.tensor([[*stops, *[-1] * (width - len(stops))] for stops in rows], dtype=_INT)
+    below = torch.tensor([[*stops.values(), *[0] * (width - len(stops))] for stops in rows], dtype=_INT)
+    return ids, below
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the device: a copy from ordinary memory would."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _signed(seed: int) -> int:
@@ -168,6 +207,5 @@ def _signed(seed: int) -> int:
 def _ensure_stop_columns(state: RowState, count: int) -> None:
     missing = count - state.stops.shape[1]
     if missing > 0:
-        pad = torch.full((state.stops.shape[0], missing), -1, dtype=_INT, device=state.device)
-        state.stops = torch.cat([state.stops, pad], dim=1)
-        state.stops_from = torch.cat([state.stops_from, torch.zeros_like(pad)], dim=1)
+        state.stops = pad(state.stops, (0, missing), value=-1)
+        state.stops_from = pad(state.stops_from, (0, missing))

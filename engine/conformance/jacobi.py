@@ -9,6 +9,7 @@ import torch
 from ..core import EngineCore
 from ..decoding.parameters import resolve
 from ..messages import Abort
+from ..plan import StepPlan
 from .decode import compare, judge
 from .fixture import Fixture, Result
 from .trace import Trace, greedy_request, step_traced
@@ -58,13 +59,16 @@ def _replay(core: EngineCore, case: dict[str, Any]) -> list[str]:
     state = core.runner.state
     try:
         for index, step in enumerate(case["steps"]):
-            draft = torch.tensor(step["draft"][1:], dtype=torch.int32)
-            if index == 0:
-                slot = _admit_only(core)
             start = int(step["len_before"])
-            state.tokens[slot, start : start + length - 1] = draft
             done = len(trace.steps)
-            step_traced(core, request.request_id, trace)
+            slot = 0
+
+            def put_draft(plan: StepPlan, draft: list[int] = step["draft"][1:], start: int = start) -> None:
+                nonlocal slot
+                slot = plan.rows[0].slot
+                state.tokens[slot, start : start + length - 1] = torch.tensor(draft, dtype=torch.int32)
+
+            step_traced(core, request.request_id, trace, put_draft)
             want = {int(p): int(t) for p, t in step["set"]}
             if trace.steps[done:] != [want]:
                 return [f"replayed forward {index} commits {trace.steps[done:]}, the reference {want}"]
@@ -81,12 +85,3 @@ def _replay(core: EngineCore, case: dict[str, Any]) -> list[str]:
     finally:
         core.abort(Abort(request_id=request.request_id))
     return []
-
-
-def _admit_only(core: EngineCore) -> int:
-    """Admit the waiting sequence without a forward, so that its first draft can be set."""
-    plan = core.scheduler.schedule()
-    admission = plan.admissions[0]
-    core.execute(type(plan)(plan.admissions, plan.grants, []))
-    core.scheduler.update_nothing()
-    return admission.slot

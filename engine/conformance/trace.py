@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core import EngineCore
 from ..messages import Abort, AddRequest
 from ..params import DecodingParams, SamplingParams
+from ..plan import StepPlan
 from ..sequence import Sequence
 
 
@@ -59,9 +61,13 @@ def trace_one(core: EngineCore, request: AddRequest, strangers: list[AddRequest]
     return trace
 
 
-def step_traced(core: EngineCore, name: str, trace: Trace) -> None:
-    """One engine step; adds what it did to the sequence `name` to `trace`."""
+def step_traced(core: EngineCore, name: str, trace: Trace, before: Callable[[StepPlan], None] | None = None) -> None:
+    """One engine step; adds what it did to the sequence `name` to `trace`. `before` may change the rows' state."""
     plan = core.scheduler.schedule()
+    if before is not None:
+        core.execute(StepPlan(plan.admissions, plan.grants))
+        before(plan)
+        plan = StepPlan(rows=plan.rows)
     planned = core.scheduler.planned()
     before: dict[Sequence, tuple[int, list[bool]]] = {s: (s.start, list(s.decided)) for s in planned}
     known = {s: len(s.tokens) for s in planned}

@@ -84,7 +84,6 @@ def advance(
 
     state.tokens[rows, places] = tokens
     state.decided[rows, places] = decided
-    state.finish[view.slots] = finish
     done = torch.minimum(span.run_end, span.clean_end)
     if traits.context == "token-causal" and decision.drafts is not None:
         _place_drafts(state, view, leading, decision.drafts, whole)
