@@ -55,4 +55,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         require(self.max_running is None or self.max_running >= 1, "max_running must be at least 1")
         require(self.max_queued >= 0, "max_queued must not be negative")
         require(self.token_budget is None or self.token_budget >= 1, "token_budget must be at least 1")
+        require(self.threads is None or self.threads >= 1, "threads must be at least 1")
+        require(self.kv_memory is None or self.kv_memory >= 1, "kv_memory must be positive")
         require(0.05 <= self.memory_fraction <= 0.98, "memory_fraction must be between 0.05 and 0.98")

@@ -30,13 +30,21 @@ class Bucket:
 
 
 def bucket_of(tokens: int, rows: int, query: int, visible: int) -> Bucket:
-    """Tokens in steps of at most an eighth, the rest in powers of two."""
-    step = max(1 << max((tokens - 1).bit_length() - 3, 0), 1)
-    return Bucket(-(-tokens // step) * step, _power(rows), _power(query), max(_power(visible), 256))
+    """Few sizes, so that serving meets the last of them early: tokens in steps of a quarter, the bounds far apart.
+
+    A row count that is too high costs empty page table rows, a query or context bound that is too high costs programs
+    that return at once.
+    """
+    step = 1 << max((tokens - 1).bit_length() - 2, 0)
+    return Bucket(-(-tokens // step) * step, _power(rows, 4), _power(query, 8), _power(visible, 4, least=512))
 
 
-def _power(value: int) -> int:
-    return 1 << (value - 1).bit_length()
+def _power(value: int, base: int = 2, least: int = 1) -> int:
+    """The least power of `base`, times `least`, that is not below `value`."""
+    size = least
+    while size < value:
+        size *= base
+    return size
 
 
 @dataclass

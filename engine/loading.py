@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from linocut.kernels.backend import Backend, default_backend
@@ -19,18 +21,17 @@ from .config import EngineConfig
 from .decoding.parameters import resolve, strategies_for
 from .errors import ConfigError, ModelError
 from .family import FamilyTraits, family_from_config
+from .machine import choose_device, choose_dtype, page_count
 from .messages import ModelInfo
 from .models.backbone import Backbone, backbone_from_config
 from .models.decoder import Decoder, allocate_cache
 from .models.weights import RandomWeights, WeightFiles
+from .params import SamplingParams
 from .runner import ModelRunner
 from .scheduler import Scheduler
 from .state import FIRST_DRAFT, allocate_state
 
-# K/V pages on a CPU unless the operator says otherwise.
-CPU_KV_BYTES = 2 << 30
-# Device memory left to activations, logits chunks and the allocator on CUDA.
-CUDA_WORKSPACE = 3 << 30
+log = logging.getLogger("linocut.engine")
 
 
 @dataclass
@@ -65,12 +66,19 @@ def load_model(config: EngineConfig) -> LoadedModel:
     folder = Path(config.model)
     raw, generation = read_config(folder)
     traits = family_from_config(raw, generation, config.block_size, config.mask_id)
-    if config.stop_ids is not None:
-        traits = dataclasses.replace(traits, stop_ids=config.stop_ids)
     backbone = backbone_from_config(raw)
-    device = _device(config)
-    dtype = _dtype(config, backbone, device)
-    backend: Backend = default_backend(device) if config.attention == "auto" else config.attention
+    if raw.get("quantization_config"):
+        raise ModelError("quantised checkpoints are not supported: use the one in bfloat16, float16 or float32")
+    traits = dataclasses.replace(
+        traits,
+        stop_ids=_known_ids(
+            "stop ids", traits.stop_ids if config.stop_ids is None else config.stop_ids, backbone.vocab
+        ),
+        banned_ids=_known_ids("banned ids", traits.banned_ids, backbone.vocab),
+    )
+    device = choose_device(config)
+    dtype = choose_dtype(config, backbone, device)
+    backend = _backend(config, backbone, device)
     defaults = resolve(traits, {"strategy": config.strategy, **config.strategy_parameters})
 
     positions = (config.max_model_len or backbone.max_positions) + traits.block_size + 2 * FIRST_DRAFT
@@ -85,10 +93,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
         quantization=config.quantization,
         backend=backend,
     )
-    pages = _pages(config, backbone, traits, dtype, device)
+    pages = page_count(config, backbone, traits, dtype, device)
     # The longest request must fit the pool by itself, its last block included; page 0 is padding.
     room = (pages - 1) * config.page_size - traits.block_size
     max_model_len = min(config.max_model_len or backbone.max_positions, room)
+    if config.max_model_len is None and room < backbone.max_positions:
+        log.warning(
+            "K/V memory holds %d of the model's %d positions: --kv-memory sets it", room, backbone.max_positions
+        )
     if config.max_model_len and config.max_model_len > room:
         raise ConfigError(f"max_model_len {config.max_model_len} needs more K/V pages than the {pages} that fit")
 
@@ -142,63 +154,37 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
 
 def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
-    names = ("temperature", "top_p", "top_k", "min_p")
-    given = {name: generation[name] for name in names if isinstance(generation.get(name), (int, float))}
+    """The checkpoint's own sampling defaults; values that no request could have are left out, with a warning."""
     if generation.get("do_sample") is False:
         return {"temperature": 0.0}
-    return {name: float(value) for name, value in given.items()}
+    types = {field.name: field.type for field in msgspec.structs.fields(SamplingParams)}
+    found: dict[str, float] = {}
+    for name in ("temperature", "top_p", "top_k", "min_p"):
+        value = generation.get(name)
+        if value is None:
+            continue
+        try:
+            found[name] = float(msgspec.convert(value, types[name]))
+        except (msgspec.ValidationError, OverflowError):
+            log.warning("generation_config.json: %s %r is not usable and is ignored", name, value)
+    return found
 
 
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        raise ConfigError(f"device {config.device!r} is not a device name") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {config.device!r} is not supported (cpu and cuda are)")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda was asked for, but torch sees no CUDA device")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+def _known_ids(what: str, ids: tuple[int, ...], vocab: int) -> tuple[int, ...]:
+    strange = [i for i in ids if not 0 <= i < vocab]
+    if strange:
+        log.warning("%s %s are outside the vocabulary of %d and are ignored", what, strange[:8], vocab)
+    return tuple(i for i in ids if 0 <= i < vocab)
 
 
-def _dtype(config: EngineConfig, backbone: Backbone, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
-    if device.type == "cuda":
-        return torch.float16 if backbone.dtype == "float16" else torch.bfloat16
-    # Without bf16 instructions a CPU emulates it, several times slower than float32.
-    return torch.bfloat16 if backbone.dtype != "float32" and cpu_has_bf16() else torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16 or AMX)."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            flags = next((line for line in lines if line.startswith("flags")), "")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _pages(
-    config: EngineConfig, backbone: Backbone, traits: FamilyTraits, dtype: torch.dtype, device: torch.device
-) -> int:
-    """How many pages the K/V memory holds, padding page included."""
-    per_page = backbone.kv_bytes_per_position(dtype.itemsize) * config.page_size
-    if config.kv_memory is not None:
-        memory = config.kv_memory
-    elif device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        memory = int(total * config.memory_fraction) - (total - free) - CUDA_WORKSPACE
-    else:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory = min(CPU_KV_BYTES, available // 4)
-    # No more than every running sequence at full length could use.
-    length = (config.max_model_len or backbone.max_positions) + traits.block_size
-    most = (config.max_running or 256) * -(-length // config.page_size) + 1
-    pages = min(memory // per_page, most)
-    if pages < 2 + traits.block_size // config.page_size:
-        raise ConfigError(f"{memory} bytes of K/V memory hold no sequence: a page takes {per_page} bytes")
-    return int(pages)
+def _backend(config: EngineConfig, backbone: Backbone, device: torch.device) -> Backend:
+    if config.attention == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("attention triton needs a GPU")
+    backend: Backend = default_backend(device) if config.attention == "auto" else config.attention
+    size = backbone.head_dim
+    if backend == "triton" and (size < 16 or size & (size - 1)):
+        if config.attention == "triton":
+            raise ConfigError(f"attention triton takes head sizes that are powers of two, not {size}")
+        log.warning("a head size of %d is not for the Triton kernels: the slower torch ones serve it", size)
+        return "torch"
+    return backend

@@ -84,8 +84,16 @@ class EngineProcess:
             try:
                 messages.append(self._decoder.decode(data))
             except (msgspec.DecodeError, RecursionError) as error:
-                # One bad message must not end everybody's requests.
+                # One bad message must not end everybody's requests, nor leave its own client without an answer.
                 log.warning("dropped an input of %d bytes: %s", len(data), error)
+                self._refuse(data, str(error))
+
+    def _refuse(self, data: bytes, error: str) -> None:
+        try:
+            name = msgspec.msgpack.decode(data, type=_Named)
+        except (msgspec.DecodeError, RecursionError):
+            return
+        self._send(Outputs(outputs=_errors(name.request_id, name.n, error)))
 
     def _send(self, message: EngineOutput) -> None:
         self._output.send(self._encoder.encode(message))
@@ -96,13 +104,22 @@ def _add(core: EngineCore, request: AddRequest) -> list[ChoiceOutput]:
         core.add(request)
     except ParameterError as error:
         # The server validates before it sends; what slips through ends this request alone.
-        return [
-            ChoiceOutput(
-                request_id=request.request_id, choice=choice, token_ids=[], finish_reason="error", error=str(error)
-            )
-            for choice in range(max(request.n, 1))
-        ]
+        return _errors(request.request_id, request.n, str(error))
     return []
+
+
+class _Named(msgspec.Struct):
+    """As much of an AddRequest as an answer needs."""
+
+    request_id: str
+    n: int = 1
+
+
+def _errors(request_id: str, n: int, error: str) -> list[ChoiceOutput]:
+    return [
+        ChoiceOutput(request_id=request_id, choice=choice, token_ids=[], finish_reason="error", error=error[:500])
+        for choice in range(min(max(n, 1), 1024))
+    ]
 
 
 def run_engine(config: EngineConfig, input_endpoint: str, output_endpoint: str) -> None:

@@ -18,8 +18,6 @@ ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-# Counters of `random_words` live in a half of the first word that no vocabulary id reaches.
-_OTHER_USES = 0x80000000
 LARGEST_BELOW_ONE = 1.0 - 2.0**-24
 # No two draws are further apart: 33 log 2 for the smallest v of `gumbel_from_words`, -log(24 log 2) for the largest.
 GUMBEL_RANGE = 25.7
@@ -49,15 +47,6 @@ def philox(
 def seed_key(seed: Tensor) -> tuple[Tensor, Tensor]:
     """Split int64 seeds into the two 32-bit key words."""
     return seed & _MASK, (seed >> 32) & _MASK
-
-
-def random_words(seed: Tensor, choice: Tensor, position: Tensor, step: Tensor, lane: int) -> Tensor:
-    """One 32-bit random word per row, as int64 [M], independent of the vocabulary's noise and of other lanes.
-
-    seed: [M] int64; choice, position, step: [M] int32 or int64; lane: below 2**31, names the use.
-    """
-    first = torch.full_like(seed, lane | _OTHER_USES)
-    return philox((first, _word(position), _word(step), _word(choice)), seed_key(seed))[0]
 
 
 def gumbel_from_words(words: Tensor) -> Tensor:

@@ -47,9 +47,6 @@ class ControlText:
         self._aliased: Backend | None = None
         self._lock = threading.Lock()
 
-    def found_in(self, text: str) -> bool:
-        return self._pattern.search(text) is not None
-
     def hide(self, text: str, hidden: list[str]) -> str:
         """`text` with its control tokens replaced by words; what they stand for is appended to `hidden`."""
 

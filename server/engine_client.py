@@ -203,8 +203,8 @@ class EngineClient:
         try:
             while True:
                 self._handle(self._decode(await self._output.recv()))
-        except msgspec.MsgspecError as error:
-            self._die(f"the engine sent a message that cannot be read: {error}")
+        except Exception as error:  # a receiver that ends silently leaves every client waiting
+            self._die(f"the engine's messages cannot be read any more: {error!r}")
 
     def _handle(self, message: EngineOutput) -> None:
         match message:

@@ -45,7 +45,7 @@ class PromptBuilder:
 
     async def chat(self, conversation: Conversation) -> Prompt:
         """The conversation under the chat template. Raises 400."""
-        size = sum(_size(message) for message in conversation.messages)
+        size = sum(map(_size, conversation.messages)) + _characters(conversation.chat_template_kwargs)
         return await self._offload(size, lambda: Prompt(self._encode_chat(conversation)))
 
     async def text(self, text: str, add_special_tokens: bool) -> Prompt:
@@ -127,9 +127,20 @@ class PromptBuilder:
 
 
 def _size(message: Message) -> int:
-    if isinstance(message.content, list):
-        return sum(len(part.text or "") for part in message.content)
-    return len(message.content or "")
+    """Characters of everything that a template may put into the prompt."""
+    content = message.content
+    size = sum(len(part.text or "") for part in content) if isinstance(content, list) else len(content or "")
+    return size + sum(len(getattr(message, name) or "") for name in ("name", "reasoning_content", "tool_call_id"))
+
+
+def _characters(value: Any, depth: int = 0) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict) and depth < _KWARGS_DEPTH:
+        return sum(len(key) + _characters(item, depth + 1) for key, item in value.items())
+    if isinstance(value, list) and depth < _KWARGS_DEPTH:
+        return sum(_characters(item, depth + 1) for item in value)
+    return 1
 
 
 def _plain(message: Message, param: str, hide: Callable[[str], str], knows_developer: bool) -> dict[str, Any]:

@@ -63,12 +63,13 @@ def bench(
 
 def conformance(
     folder: Annotated[Path, typer.Argument(help="A golden folder: golden.json, golden.safetensors, a checkpoint.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda; in float32 on both")] = "cpu",
 ) -> None:
     """Replay a golden folder through the paged engine: a line per case, exit status 0 if none failed."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from linocut.engine.conformance.run import conformance as run
 
-    raise typer.Exit(run(folder))
+    raise typer.Exit(run(folder, device))
 
 
 def _integers(text: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..core import EngineCore
@@ -35,19 +36,28 @@ KNOWN_DIFFERENCES: list[tuple[str, Callable[[dict[str, Any], list[int], int], bo
 ]
 
 
-def judge(fixture: Fixture, case: dict[str, Any], block: int, problems: list[tuple[list[int], str]]) -> Result:
-    """A result from (prompt, problem) pairs; mismatches that known quirks explain are a known difference."""
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with the answer to one prompt. A quirk of the reference may explain it unless it is `ours`."""
+
+    prompt: list[int]
+    text: str
+    ours: bool = False
+
+
+def judge(fixture: Fixture, case: dict[str, Any], block: int, problems: list[Problem]) -> Result:
+    """A result from the problems found; mismatches that known quirks explain are a known difference."""
     if not problems:
         return Result(case["name"], "pass")
     reasons = set()
-    for prompt, _ in problems:
+    for problem in problems:
         known = [
             why
             for family, applies, why in KNOWN_DIFFERENCES
-            if family == fixture.family and applies(case, prompt, block)
+            if family == fixture.family and applies(case, problem.prompt, block) and not problem.ours
         ]
         if not known:
-            return Result(case["name"], "fail", "; ".join(problem for _, problem in problems)[:300])
+            return Result(case["name"], "fail", "; ".join(p.text for p in problems)[:300])
         reasons.add(known[0])
     return Result(case["name"], "known difference", "; ".join(sorted(reasons)))
 
@@ -74,12 +84,15 @@ def compare(
     case: dict[str, Any],
     request: AddRequest,
     check: Callable[[Trace], list[str]],
-) -> list[tuple[list[int], str]]:
-    """Run a case alone and among strangers; returns (prompt, problem) pairs. `check` names a trace's faults."""
-    problems = [f"alone: {problem}" for problem in check(trace_one(core, request))]
-    crowd = strangers(core, case["name"])
-    problems += [f"among strangers: {p}" for p in check(trace_one(core, request, crowd, delay=3))]
-    return [(request.prompt, problem) for problem in problems]
+) -> list[Problem]:
+    """Run a case alone and among strangers; `check` names a trace's faults. Both must give one text in any case."""
+    alone = trace_one(core, request)
+    crowded = trace_one(core, request, strangers(core, case["name"]), delay=3)
+    problems = [Problem(request.prompt, f"alone: {fault}") for fault in check(alone)]
+    problems += [Problem(request.prompt, f"among strangers: {fault}") for fault in check(crowded)]
+    if alone.tokens != crowded.tokens:
+        problems.append(Problem(request.prompt, "another text among strangers than alone", ours=True))
+    return problems
 
 
 def first_difference(got: list[dict[int, int]], want: list[dict[int, int]]) -> list[str]:
@@ -104,7 +117,7 @@ def run_fast_dllm_v2(fixture: Fixture) -> list[Result]:
         want = reference_steps(case["steps"])
         if tokens <= 0:
             nothing = not case["output"] and not want
-            wrong = [] if nothing else [(prompt, "the reference generates something here")]
+            wrong = [] if nothing else [Problem(prompt, "the reference generates something here")]
             results.append(judge(fixture, case, block, wrong))
             continue
 
@@ -136,20 +149,24 @@ def _v2_batch(fixture: Fixture, case: dict[str, Any]) -> Result:
     decoding = _v2_decoding(core, params)
     answers: dict[str, list[int]] = {}
     wanted: dict[str, list[int]] = {}
+    requests = []
     for index, (prompt, row) in enumerate(zip(case["prompts"], case["outputs"], strict=True)):
         text = row[len(prompt) :]
         name = f"{case['name']}-{index}"
         wanted[name] = text[: text.index(stop) + 1] if stop in text else text
         answers[name] = []
-        core.add(greedy_request(name, prompt, len(wanted[name]), decoding))
+        requests.append(greedy_request(name, prompt, len(wanted[name]), decoding))
+        core.add(requests[-1])
     while core.busy:
         for output in core.step():
             answers[output.request_id].extend(output.token_ids)
-    problems = [
-        (prompt, f"{name}: another output")
-        for prompt, name in zip(case["prompts"], wanted, strict=True)
-        if answers[name] != wanted[name]
-    ]
+    problems = []
+    for request in requests:
+        name = request.request_id
+        if answers[name] != wanted[name]:
+            problems.append(Problem(request.prompt, f"{name}: another output"))
+        if answers[name] != trace_one(core, request).tokens:
+            problems.append(Problem(request.prompt, f"{name}: another text in the batch than alone", ours=True))
     return judge(fixture, case, block, problems)
 
 
@@ -180,7 +197,7 @@ def run_sdar(fixture: Fixture) -> list[Result]:
         if "served" in case:
             served = trace_one(core, greedy_request(case["name"], prompt, length, decoding, **sampling))
             if served.tokens != case["served"]:
-                problems.append((prompt, "another answer with max_tokens = gen_length"))
+                problems.append(Problem(prompt, "another answer with max_tokens = gen_length"))
         results.append(judge(fixture, case, block, problems))
     return results
 

@@ -31,8 +31,8 @@ class Result:
 class Fixture:
     """golden.json, golden.safetensors and the checkpoint of one folder. Raises ModelError if it is none."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
         try:
             self.meta: dict[str, Any] = json.loads((folder / "golden.json").read_text())
         except (OSError, ValueError) as error:
@@ -60,13 +60,13 @@ class Fixture:
     def engine(
         self, block_size: int | None, stop_ids: tuple[int, ...], numerics: Literal["fast", "reference"]
     ) -> EngineCore:
-        """An engine in float32 on the CPU; page 8 so that blocks of 4 share pages and blocks of 32 span several."""
+        """An engine in float32; page 8 so that blocks of 4 share pages and blocks of 32 span several."""
         key = (block_size, stop_ids, numerics)
         if key not in self._engines:
             config = EngineConfig(
                 model=str(self.folder),
                 dtype="float32",
-                device="cpu",
+                device=self.device,
                 numerics=numerics,
                 block_size=block_size,
                 mask_id=self.meta.get("mask_token_id"),

@@ -43,10 +43,14 @@ class Probe:
                 visible.append(self._visible(place, end, block_size))
             widths.append(len(row_ids))
         starts = [0, *torch.tensor(widths).cumsum(0).tolist()]
+
+        def ints(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=runner.state.device)
+
         layout = AttentionLayout(
-            query_start=torch.tensor(starts, dtype=torch.int32),
-            page_table=torch.tensor(tables, dtype=torch.int32),
-            visible=torch.tensor(visible, dtype=torch.int32),
+            query_start=ints(starts),
+            page_table=ints(tables),
+            visible=ints(visible),
             scratch_start=None,
             scratch_end=None,
             max_query=max(widths),
@@ -55,14 +59,8 @@ class Probe:
             page_size=page,
         )
         with torch.inference_mode():
-            hidden = runner.decoder.forward(
-                torch.tensor(flat, dtype=torch.int32),
-                torch.tensor(places, dtype=torch.int32),
-                torch.tensor(slots, dtype=torch.int32),
-                runner.cache,
-                layout,
-            )
-            return runner.decoder.logits(hidden[starts[-2] :])
+            hidden = runner.decoder.forward(ints(flat), ints(places), ints(slots), runner.cache, layout)
+            return runner.decoder.logits(hidden[starts[-2] :]).cpu()
 
     def _visible(self, place: int, end: int, block_size: int) -> int:
         if self._core.traits.context == "token-causal":

@@ -10,7 +10,7 @@ from ..core import EngineCore
 from ..decoding.parameters import resolve
 from ..messages import Abort
 from ..plan import StepPlan
-from .decode import compare, judge
+from .decode import Problem, compare, judge
 from .fixture import Fixture, Result
 from .trace import Trace, greedy_request, step_traced
 
@@ -30,14 +30,14 @@ def run_jacobi(fixture: Fixture) -> list[Result]:
     for case in fixture.cases("decode_cases"):
         stops = (int(case["params"]["eos"]),)
         replayed = _replay(fixture.engine(None, stops, "reference"), case)
-        problems = [(case["prompt"], problem) for problem in replayed]
+        problems = [Problem(case["prompt"], text) for text in replayed]
         for numerics in ("reference", "fast"):
             problems += _free_run(fixture.engine(None, stops, numerics), case)
         results.append(judge(fixture, case, 1, problems))
     return results
 
 
-def _free_run(core: EngineCore, case: dict[str, Any]) -> list[tuple[list[int], str]]:
+def _free_run(core: EngineCore, case: dict[str, Any]) -> list[Problem]:
     """With drafts of our own the text is the autoregressive one, however many drafts are right."""
     want = case["ar_output"]
     decoding = resolve(core.info, {"strategy": "jacobi", "draft_length": case["params"]["block_len"]})

@@ -13,17 +13,20 @@ from .jacobi import run_jacobi
 DECODERS = {"fast_dllm_v2": run_fast_dllm_v2, "sdar": run_sdar, "jacobi_qwen2": run_jacobi}
 
 
-def run_fixture(folder: Path) -> list[Result] | None:
-    """Results of all cases, or None if the folder's family is not built yet. Raises ModelError for a broken folder."""
-    fixture = Fixture(folder)
+def run_fixture(folder: Path, device: str = "cpu") -> list[Result] | None:
+    """Results of all cases on `device`, or None if the folder's family is not built yet.
+
+    Raises ModelError for a broken folder.
+    """
+    fixture = Fixture(folder, device)
     if not fixture.built:
         return None
     return run_forward_cases(fixture) + DECODERS[fixture.family](fixture)
 
 
-def conformance(folder: Path) -> int:
+def conformance(folder: Path, device: str) -> int:
     """Print the results; returns the exit status: 0 all passed, 1 a case failed, 2 the family is not built yet."""
-    results = run_fixture(folder)
+    results = run_fixture(folder, device)
     if results is None:
         fixture = Fixture(folder)
         print(f"{fixture.family}: not built yet, {fixture.case_count} cases were not run")

@@ -50,6 +50,8 @@ class WeightFiles:
             tensor: Tensor = handle.get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise ModelError(f"{name} has shape {tuple(tensor.shape)}, config.json implies {shape}")
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ModelError(f"{name} is stored as {tensor.dtype}: quantised checkpoints are not supported")
         return tensor.to(device=self._device, dtype=self._dtype)
 
 

@@ -87,8 +87,8 @@ def stop(server: Server) -> int:
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`linocut serve` without a model: what a newcomer gets."""
-    server = start([], tmp_path_factory.mktemp("embedded") / "log")
+    """`linocut serve` without a model, as a newcomer starts it, but in float32 everywhere: tests compare texts."""
+    server = start(["--dtype", "float32"], tmp_path_factory.mktemp("embedded") / "log")
     yield server
     assert stop(server) == 0
 

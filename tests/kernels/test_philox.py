@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from linocut.kernels.philox import GUMBEL_RANGE, gumbel_from_words, gumbel_noise, philox, random_words
+from linocut.kernels.philox import GUMBEL_RANGE, gumbel_from_words, gumbel_noise, philox
 
 ONES = 0xFFFFFFFF
 KNOWN = [  # Random123's known answers for philox4x32 with 10 rounds: counter, key, words
@@ -99,14 +99,3 @@ def test_noise_is_finite_for_every_word():
     assert torch.isfinite(noise).all()
     assert noise[0] == noise.max()
     assert noise.max() - noise.min() <= GUMBEL_RANGE
-
-
-def test_other_uses_have_words_of_their_own():
-    rows = keys(5)
-    first, second = random_words(*rows, lane=0), random_words(*rows, lane=1)
-    assert ((first >= 0) & (first <= ONES)).all()
-    assert not torch.equal(first, second)
-    assert (
-        int(first[2])
-        == plain_philox((0x80000000, 2, 3, 0), (int(rows[0][2]) & ONES, (int(rows[0][2]) >> 32) & ONES), 7)[0]
-    )

@@ -1,0 +1,87 @@
+"""What this machine offers: device, dtype, memory for the K/V pages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .config import EngineConfig
+from .errors import ConfigError
+from .family import FamilyTraits
+from .models.backbone import Backbone
+
+# K/V pages on a CPU unless the operator says otherwise.
+CPU_KV_BYTES = 2 << 30
+# Device memory left to activations, logits chunks and the allocator on CUDA.
+CUDA_WORKSPACE = 3 << 30
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """The configured device, or the first GPU, or the CPU. Raises ConfigError."""
+    if config.device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ConfigError(f"device {config.device!r} is not a device name") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {config.device!r} is not supported (cpu and cuda are)")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, but torch sees no CUDA device")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def choose_dtype(config: EngineConfig, backbone: Backbone, device: torch.device) -> torch.dtype:
+    """The configured dtype, or the checkpoint's where this device computes it in hardware."""
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    if device.type == "cuda":
+        return torch.float16 if backbone.dtype == "float16" else torch.bfloat16
+    # Without bf16 instructions a CPU emulates it, several times slower than float32.
+    return torch.bfloat16 if backbone.dtype != "float32" and cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16 or AMX)."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def page_count(
+    config: EngineConfig, backbone: Backbone, traits: FamilyTraits, dtype: torch.dtype, device: torch.device
+) -> int:
+    """How many pages the K/V memory holds, padding page included."""
+    per_page = backbone.kv_bytes_per_position(dtype.itemsize) * config.page_size
+    if config.kv_memory is not None:
+        memory = config.kv_memory
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        memory = int(total * config.memory_fraction) - (total - free) - CUDA_WORKSPACE
+    else:
+        memory = min(CPU_KV_BYTES, available_memory() // 4)
+    # No more than every running sequence at full length could use.
+    length = (config.max_model_len or backbone.max_positions) + traits.block_size
+    most = (config.max_running or 256) * -(-length // config.page_size) + 1
+    pages = min(memory // per_page, most)
+    if pages < 2 + traits.block_size // config.page_size:
+        raise ConfigError(f"{memory} bytes of K/V memory hold no sequence: a page takes {per_page} bytes")
+    return int(pages)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take, as far as the system and its control group say."""
+    system = Path("/proc/meminfo")
+    sizes = []
+    if system.exists():
+        line = next(line for line in system.read_text().splitlines() if line.startswith("MemAvailable"))
+        sizes.append(int(line.split()[1]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        sizes.append(int(limit.read_text()) - int(used.read_text()))
+    return max(min(sizes), 0) if sizes else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
