@@ -54,8 +54,8 @@ def choose_config(
     block_m = max(min(block_m, 128 if itemsize == 2 else 64), triton.next_power_of_2(group))
     positions = block_m // group
     tiles = min(rows * triton.cdiv(max_query, positions), tokens // positions + rows)
-    # As `check --tune` measured on an H100: large tiles want 128 keys and 8 warps, small ones 64 and 4; more splits than
-    # processors cost more in the join than they win.
+    # As `check --tune` measured on an H100: large tiles want 128 keys and 8 warps, small ones 64 and 4; more splits
+    # than processors cost more in the join than they win.
     large = block_m == 128 and head_dim == 128 and itemsize == 2
     block_n = 128 if large else 64 if head_dim * itemsize <= 256 else 32
     block_n = max(16, min(block_n, triton.next_power_of_2(max_visible)))

@@ -69,13 +69,13 @@ def step_traced(core: EngineCore, name: str, trace: Trace, before: Callable[[Ste
         before(plan)
         plan = StepPlan(rows=plan.rows)
     planned = core.scheduler.planned()
-    before: dict[Sequence, tuple[int, list[bool]]] = {s: (s.start, list(s.decided)) for s in planned}
+    held: dict[Sequence, tuple[int, list[bool]]] = {s: (s.start, list(s.decided)) for s in planned}
     known = {s: len(s.tokens) for s in planned}
     reports = core.execute(plan)
     for sequence, report in zip(planned, reports, strict=True):
         if sequence.request.request_id != name:
             continue
-        start, decided = before[sequence]
+        start, decided = held[sequence]
         trace.forwards += 1
         fresh = {
             start + i: token
