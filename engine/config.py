@@ -10,7 +10,7 @@ from .errors import ConfigError
 from .params import ParameterValue
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Operator's choices; None means "choose from the model and the machine" (see `resolve` in core.py).
 
     model: a local Hugging Face folder.

@@ -19,7 +19,7 @@ from .cache.pages import PagePool
 from .cache.prefix import PrefixCache
 from .config import EngineConfig
 from .decoding.parameters import resolve, strategies_for
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, ParameterError
 from .family import FamilyTraits, family_from_config
 from .machine import choose_device, choose_dtype, page_count
 from .messages import ModelInfo
@@ -79,7 +79,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = choose_device(config)
     dtype = choose_dtype(config, backbone, device)
     backend = _backend(config, backbone, device)
-    defaults = resolve(traits, {"strategy": config.strategy, **config.strategy_parameters})
+    try:
+        defaults = resolve(traits, {"strategy": config.strategy, **config.strategy_parameters})
+    except ParameterError as error:
+        raise ConfigError(f"{error.param.removeprefix('diffusion.')}: {error}") from None
 
     positions = (config.max_model_len or backbone.max_positions) + traits.block_size + 2 * FIRST_DRAFT
     weights = RandomWeights(dtype, device) if config.random_weights else WeightFiles(folder, dtype, device)

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens are chosen and when a sequence ends. Everything is resolved: no field means "default" here.
 
     temperature: 0 is greedy. top_k: 0 is off. seed: 64 bits; the server draws one when the client gave none.

@@ -30,7 +30,7 @@ class RowState:
     prompt_len, start, final_len, step, limit: [rows]; see `Sequence`.
     fresh: [rows] bool, the active block's slots hold K/V of a whole-block forward (sub-block cache).
     stops: [rows, K] ids that end the text, padded with -1; stops_from: [rows, K] the position below which each is
-        banned (min_tokens; for ignore_eos the family's are banned up to `limit`).
+        banned (min_tokens; for ignore_eos the family's are banned everywhere).
     page_table: [rows, pages].
     parameters: strategy parameter name -> [rows].
     """
@@ -184,8 +184,9 @@ def _stop_table(admissions: list[Admission], stop_ids: tuple[int, ...]) -> tuple
     """[rows, K] stop ids, -1 where there is none, and the position below which each is banned."""
     rows = []
     for row in admissions:
-        limit, minimum = row.prompt_len + row.sampling.max_tokens, row.prompt_len + row.sampling.min_tokens
-        stops = {stop: limit if row.sampling.ignore_eos else minimum for stop in stop_ids}
+        minimum = row.prompt_len + row.sampling.min_tokens
+        # Behind max_tokens too: what stands there has its say in the block.
+        stops = {stop: torch.iinfo(_INT).max if row.sampling.ignore_eos else minimum for stop in stop_ids}
         rows.append(stops | {stop: minimum for stop in row.sampling.stop_token_ids})
     width = max(1, *(len(stops) for stops in rows)) if rows else 1
     ids = torch.tensor([[*stops, *[-1] * (width - len(stops))] for stops in rows], dtype=_INT)

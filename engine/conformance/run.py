@@ -24,7 +24,7 @@ def run_fixture(folder: Path, device: str = "cpu") -> list[Result] | None:
     return run_forward_cases(fixture) + DECODERS[fixture.family](fixture)
 
 
-def conformance(folder: Path, device: str) -> int:
+def conformance(folder: Path, device: str = "cpu") -> int:
     """Print the results; returns the exit status: 0 all passed, 1 a case failed, 2 the family is not built yet."""
     results = run_fixture(folder, device)
     if results is None:

@@ -38,7 +38,8 @@ class StaticParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         None
     )
     sub_block_cache: Annotated[
-        bool, Meta(description="refine a sub-block on stale K/V of the others (approximate)")
+        bool,
+        Meta(description="refine a sub-block on stale K/V of the others: approximate, and a preemption may change it"),
     ] = False
 
 
@@ -61,7 +62,8 @@ class ThresholdParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         None
     )
     sub_block_cache: Annotated[
-        bool, Meta(description="refine a sub-block on stale K/V of the others (approximate)")
+        bool,
+        Meta(description="refine a sub-block on stale K/V of the others: approximate, and a preemption may change it"),
     ] = False
 
 
