@@ -30,7 +30,7 @@ class Bucket:
 
 
 def bucket_of(tokens: int, rows: int, query: int, visible: int) -> Bucket:
-    """Few sizes, so that serving meets the last of them early: two token counts for each power of two, bounds far apart.
+    """Few sizes, so that serving soon has met all of them: two token counts for each power of two, bounds far apart.
 
     A row count that is too high costs empty page table rows, a query or context bound that is too high costs programs
     that return at once.
