@@ -53,7 +53,7 @@ def mixed_requests(core: EngineCore, family: str) -> list[AddRequest]:
     for index, diffusion in enumerate(STRATEGIES[family] * 3):
         prompt = prompt_of(LENGTHS[index % len(LENGTHS)], seed=index)
         sampling = SAMPLING[index % len(STRATEGIES[family]) + index // len(STRATEGIES[family])]
-        length = (48 if family == "fast_dllm_v2" else 24) + index
+        length = {"fast_dllm_v2": 40, "sdar16": 32}.get(family, 20) + index
         requests.append(request(core, str(index), prompt, length, diffusion, seed=index, **sampling))
     return requests
 

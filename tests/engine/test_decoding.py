@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from naive_decoder import NaiveDecoder
 from request_mix import SAMPLING, STRATEGIES
-from tiny_engines import BLOCK, CONFIGS, GOLDEN, engine, prompt_of, request, run
+from tiny_engines import BLOCK, CONFIGS, GOLDEN, change_logits, engine, prompt_of, request, run
 
 SHIFTED = ("fast_dllm_v2", "causal")
 
@@ -21,11 +22,11 @@ def test_every_strategy_decodes_as_it_is_defined(family: str) -> None:
     requests, wanted = [], {}
     for index, diffusion in enumerate(STRATEGIES[family] if family != "causal" else [{}, {}]):
         for kind, sampling in enumerate(SAMPLING[:5]):
-            if (index + kind) % 2:
+            if (index + kind) % 2 or (family == "fast_dllm_v2" and kind == 4):
                 continue
             options: dict[str, Any] = {**sampling, "seed": 31 * index - kind, "stop_token_ids": ()}
             prompt = prompt_of((5, block, 21, 1, block + 2)[kind], seed=index)
-            message = request(core, f"{index}-{kind}", prompt, 36, diffusion, n=2 if kind == 1 else 1, **options)
+            message = request(core, f"{index}-{kind}", prompt, 29, diffusion, n=2 if kind == 1 else 1, **options)
             requests.append(message)
             naive = NaiveDecoder(
                 GOLDEN / CONFIGS[family]["model"],
@@ -41,3 +42,13 @@ def test_every_strategy_decodes_as_it_is_defined(family: str) -> None:
     answers = run(core, requests)
     assert {key: answer.tokens for key, answer in answers.items()} == wanted
     assert len({tuple(text) for text in wanted.values()}) > len(wanted) // 2
+
+
+@pytest.mark.parametrize(("threshold", "forwards"), [(1.0, 32), (0.9999, 2)])
+def test_the_threshold_is_strict(threshold: float, forwards: int) -> None:
+    """At 1.0 one position a forward, even where the model is certain of all of them."""
+    core = engine("sdar16")
+    change_logits(core, lambda logits: torch.full_like(logits[:, [50]], 1e4), [50])
+    answer = run(core, [request(core, "a", prompt_of(16), 32, {"threshold": threshold})])["a", 0]
+    assert answer.tokens == [50] * 32
+    assert answer.forwards == forwards

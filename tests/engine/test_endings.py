@@ -58,7 +58,7 @@ def test_max_tokens_is_exact_and_a_shorter_text_is_a_prefix_of_a_longer_one(
         assert answer.tokens == longest.tokens[:n]
 
 
-@families
+@block_families
 def test_a_banned_stop_id_does_not_make_the_text_depend_on_max_tokens(family: str) -> None:
     """ignore_eos bans the family's stop ids at every position, also those behind the limit that a last block decides
     in passing: its other positions see them."""
@@ -80,19 +80,25 @@ def test_a_banned_stop_id_does_not_make_the_text_depend_on_max_tokens(family: st
 
 @families
 @pytest.mark.parametrize("kind", [0, 1])
-@pytest.mark.parametrize("source", ["the family", "the request"])
-@pytest.mark.parametrize("at", [0, 1, 7, 30])
-def test_a_stop_id_ends_the_text_and_is_its_last_token(family: str, kind: int, source: str, at: int) -> None:
-    free = serve(family, kind=kind)
+def test_a_stop_id_ends_the_text_and_is_its_last_token(family: str, kind: int) -> None:
+    core = engine(family, plain=True)
+    free = serve(family, core=core, kind=kind)
     assert (free.finish, free.stop_token) == ("length", None)
-    at = first(free.tokens, at)
-    stop = free.tokens[at]
-    if source == "the family":
-        answer = serve(family, core=engine(family, plain=True, stop_ids=(stop, 319)), kind=kind)
-    else:
-        answer = serve(family, kind=kind, stop_token_ids=(stop, 319))
-    assert answer.text == (free.tokens[: at + 1], "stop", stop)
-    assert answer.forwards <= free.forwards
+    places = sorted({first(free.tokens, after) for after in (0, 1, 2, 7, 15, 30, 40)})
+    prompt, diffusion = prompt_of(PROMPT[family]), STRATEGIES[family][kind]
+    requests = [request(core, str(at), prompt, 70, diffusion, stop_token_ids=(free.tokens[at], 319)) for at in places]
+    for (name, _), answer in run(core, requests).items():
+        at = int(name)
+        assert answer.text == (free.tokens[: at + 1], "stop", free.tokens[at])
+        assert answer.forwards <= free.forwards
+
+
+@families
+def test_the_familys_stop_ids_do_so_for_every_request(family: str) -> None:
+    free = serve(family)
+    at = first(free.tokens, 7)
+    answer = serve(family, core=engine(family, plain=True, stop_ids=(free.tokens[at], 319)))
+    assert answer.text == (free.tokens[: at + 1], "stop", free.tokens[at])
 
 
 @families
@@ -127,7 +133,7 @@ def test_a_stop_id_with_masks_before_it_does_not_end_the_text_early(family: str,
         and text[position] not in [text[p] for p in text if p < position]
     ]
     assert waiting, "some position is decided before one to its left"
-    for index, position in waiting[:: max(len(waiting) // 6, 1)]:
+    for index, position in waiting[:: max(len(waiting) // 4, 1)]:
         stopped = traced(core, family, stop_token_ids=(text[position],))
         end = position - stopped.prompt_len + 1
         assert stopped.tokens == free.tokens[:end]

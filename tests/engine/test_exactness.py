@@ -74,15 +74,17 @@ def test_arriving_one_by_one_while_strangers_are_aborted(family: str) -> None:
     assert_as_alone(run(core, mixed_requests(core, family), gap=3), family)
 
 
-@families
-@pytest.mark.parametrize("room", [1, 1.7, 4])
+@pytest.mark.parametrize(
+    ("family", "room"), [("fast_dllm_v2", 1), ("sdar", 1), ("sdar", 1.7), ("sdar16", 1.7), ("causal", 1), ("causal", 3)]
+)
 def test_with_prompts_in_chunks_of_any_size(family: str, room: float) -> None:
     core = engine(family, budget=int(WIDEST[family] * room), prefix_caching=False)
     assert_as_alone(run(core, mixed_requests(core, family)), family)
 
 
-@families
-@pytest.mark.parametrize("page_size", [8, 32])
+@pytest.mark.parametrize(
+    ("family", "page_size"), [("fast_dllm_v2", 8), ("sdar", 32), ("sdar16", 8), ("causal", 32), ("causal", 8)]
+)
 def test_with_pages_of_any_size(family: str, page_size: int) -> None:
     core = engine(family, page_size=page_size)
     assert_as_alone(run(core, mixed_requests(core, family), gap=1), family)
@@ -100,8 +102,9 @@ def test_with_prefixes_found_in_the_cache(family: str) -> None:
         assert again[message.request_id, 0].cached_tokens == expected
 
 
-@families
-@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize(
+    ("family", "caching"), [("fast_dllm_v2", True), ("sdar", False), ("sdar", True), ("sdar16", True), ("causal", True)]
+)
 def test_with_preemptions_forced_by_a_tiny_pool(family: str, caching: bool) -> None:
     pages = -(-(160 + BLOCK[family]) // 8)
     core = engine(family, max_model_len=160, pages=pages, page_size=8, prefix_caching=caching)
@@ -163,7 +166,7 @@ def test_the_mask_token_is_never_committed_even_if_it_is_the_models_first_choice
     assert texts[0] == texts[1], "a banned id has no probability, so how likely it was makes no difference"
 
 
-PROMPTS_WITH_MASKS = [[311], [311] * 6, [20, 311, 30, 311, 311], [311] * 64, [*range(20, 53), 311]]
+PROMPTS_WITH_MASKS = [[311], [20, 311, 30, 311, 311], [311] * 64, [*range(20, 53), 311]]
 
 
 @block_families
@@ -171,7 +174,7 @@ PROMPTS_WITH_MASKS = [[311], [311] * 6, [20, 311, 30, 311, 311], [311] * 64, [*r
 def test_a_mask_token_in_the_prompt_is_a_token_like_any_other(family: str, prompt: list[int]) -> None:
     """Prompt positions are pinned by position: also in the ragged block that the answer begins in."""
     core = engine(family, prefix_caching=False)
-    check = KVCheck(family, every=1)
+    check = KVCheck(family, every=7)
 
     def pinned(core: EngineCore) -> None:
         check(core)
@@ -181,8 +184,8 @@ def test_a_mask_token_in_the_prompt_is_a_token_like_any_other(family: str, promp
             assert state.decided[sequence.slot, : len(prompt)].all()
             assert sequence.tokens[: len(prompt)] == prompt
 
-    answer = run(core, [request(core, "a", prompt, 70)], observe=pinned)["a", 0]
-    assert len(answer.tokens) == 70
+    answer = run(core, [request(core, "a", prompt, 40)], observe=pinned)["a", 0]
+    assert len(answer.tokens) == 40
     assert 311 not in answer.tokens
     assert check.rows > 0
 
@@ -213,7 +216,7 @@ def test_a_choice_is_the_same_however_many_are_asked_for(family: str) -> None:
 # ---------------------------------------------------------------------- aborts
 
 
-@families
+@pytest.mark.parametrize("family", ["fast_dllm_v2", "sdar", "causal"])
 @pytest.mark.parametrize("when", ["queued", "prefilling", "in the middle of a block"])
 def test_an_abort_frees_everything_within_a_step(family: str, when: str) -> None:
     core = engine(family, budget=WIDEST[family], max_running=1 if when == "queued" else 4, prefix_caching=False)

@@ -23,7 +23,7 @@ def kv_requests(core: EngineCore, family: str, shared: bool = False) -> list[Add
         for i, d in enumerate(STRATEGIES[family])
     ]
     return [
-        request(core, str(i), prompt, 50, picks[i % len(picks)], temperature=0.9 * (i % 2), seed=i)
+        request(core, str(i), prompt, 44, picks[i % len(picks)], temperature=0.9 * (i % 2), seed=i)
         for i, prompt in enumerate(prompts)
     ]
 
@@ -60,7 +60,7 @@ def test_so_is_kv_after_preemptions(family: str) -> None:
 
 @every_block_size
 def test_so_is_kv_found_in_the_prefix_cache(family: str) -> None:
-    core, check = engine(family, page_size=8), KVCheck(family, every=4)
+    core, check = engine(family, page_size=8), KVCheck(family)
     run(core, kv_requests(core, family, shared=True), gap=8)
     answers = run(core, kv_requests(core, family, shared=True), gap=2, observe=check)
     assert sum(answer.cached_tokens for answer in answers.values()) >= 96

@@ -79,7 +79,7 @@ def test_any_script_of_requests_and_aborts_keeps_the_invariants_and_ends(
 def test_so_does_a_heavy_load_that_meets_every_shortage() -> None:
     """Random scripts denser than the ones above, so that each of the scheduler's answers is known to be covered."""
     preempted = hits = aborted = stopped = 0
-    for seed in range(150):
+    for seed in range(90):
         rng = random.Random(seed)
         geometry = rng.choice([Geometry(rng.choice([1, 3, 4, 8, 12]), rng.random() < 0.5), CAUSAL])
         page_size = rng.choice([1, 2, 4, 8, 16])
@@ -116,7 +116,7 @@ def test_so_does_a_heavy_load_that_meets_every_shortage() -> None:
         hits += harness.prefix.hit_tokens > 0
         aborted += bool(harness.aborted)
         stopped += any(s.finish == "stop" for s in harness.sequences)
-    assert min(preempted, hits, aborted, stopped) > 20, (preempted, hits, aborted, stopped)
+    assert min(preempted, hits, aborted, stopped) > 12, (preempted, hits, aborted, stopped)
 
 
 def follow(harness: Harness, script: list[tuple[Any, ...]]) -> None:
