@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from .decoding.parameters import resolve
+from .decoding.parameters import first_rows, resolve
 from .errors import ParameterError
 from .loading import LoadedModel
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, FinishReason
@@ -31,13 +31,20 @@ class EngineCore:
     def add(self, request: AddRequest) -> None:
         """Queue a request's choices. Raises ParameterError if it cannot be served; then nothing was queued."""
         self.validate(request)
-        causal = self.traits.mask_id is None
-        feed = int(request.decoding.values.get("draft_length", 1)) if causal else 0
+        feed, segment = first_rows(request.decoding, self.traits)
         leader: Sequence | None = None
         choices = []
         for choice in range(request.n):
             sequence = Sequence(
-                request, choice, self._order, self.traits.block_size, self.traits.commit_seeds, feed, leader
+                request,
+                choice,
+                self._order,
+                self.traits.block_size,
+                self.traits.commit_seeds,
+                feed,
+                leader,
+                self.traits.commit_opens and not feed,
+                segment,
             )
             leader = leader or sequence
             self._order += 1

@@ -22,8 +22,11 @@ class FamilyTraits:
     logit_source: the row that predicts position p: p itself ("own"), or p - 1 ("previous": shifted families).
     block_size: positions decided together; 1 is autoregressive. Blocks lie on the grid 0, B, 2B, ...
     sub_block_size: positions of a block refined together, left to right; equal to block_size where there are none.
-    commit_seeds: the clean forward of a block also decides the next block's first position (shifted families).
-    mask_id: token at undecided positions; None where drafts stand there instead (token-causal families).
+    commit_seeds: the next block's first position is decided by a clean forward of its own (shifted, block-causal).
+    commit_opens: the clean rows before a block decide its first position in the forward that also denoises the rest
+        (shifted, token-causal: what a clean row predicts does not depend on the block).
+    mask_id: token at undecided positions; None where there are none (autoregressive families).
+    gated: an adapter acts on rows that are not final (masks, and tokens of a block that is being denoised).
     stop_ids: ids that end a text.
     fused_norm: RMSNorm multiplies by the weight in float32 and rounds once (SDAR) instead of rounding before (Llama,
         Qwen, Fast-dLLM v2).
@@ -38,10 +41,15 @@ class FamilyTraits:
     stop_ids: tuple[int, ...]
     banned_ids: tuple[int, ...] = ()
     fused_norm: bool = False
+    gated: bool = False
 
     @property
     def commit_seeds(self) -> bool:
-        return self.logit_source == "previous"
+        return self.logit_source == "previous" and self.context == "block-causal"
+
+    @property
+    def commit_opens(self) -> bool:
+        return self.logit_source == "previous" and self.context == "token-causal"
 
 
 # model_type (lower case) of a config.json -> family name. Plain backbones are served autoregressively.
@@ -80,8 +88,9 @@ def family_from_config(
 ) -> FamilyTraits:
     """Derive the traits of a checkpoint from its config.json and generation_config.json.
 
-    A `linocut` object in config.json (written by our own converters) adds `banned_ids`. `block_size` and `mask_id`
-    override the checkpoint's for block-causal families. Raises ModelError for a model type that no family covers.
+    A `linocut` object in config.json (written by `linocut convert`) adds `banned_ids`, and with `context` it makes a
+    plain backbone a block-diffusion model. `block_size` and `mask_id` override the checkpoint's, except in
+    autoregressive families. Raises ModelError for a model type that no family covers.
     """
     model_type = str(config.get("model_type", "")).lower()
     name = FAMILY_OF_MODEL_TYPE.get(model_type)
@@ -92,6 +101,8 @@ def family_from_config(
     generation = generation_config or {}
     stop_ids = dict.fromkeys(_ids(generation.get("eos_token_id")) + _ids(config.get("eos_token_id")))
     stops, banned = tuple(stop_ids), _ids(own.get("banned_ids"))
+    if name == "ar" and "context" in own:
+        return _converted(own, int(config["vocab_size"]), stops, banned, block_size, mask_id)
     if name == "ar":
         if block_size not in (None, 1):
             raise ModelError(
@@ -100,13 +111,38 @@ def family_from_config(
         return FamilyTraits(name, "token-causal", "previous", 1, 1, None, stops, banned)
 
     named = (mask_id, config.get("mask_token_id"), config.get("mask_id"), PUBLISHED_MASK_ID[name])
-    mask = next(int(value) for value in named if value is not None)
-    if not 0 <= mask < int(config["vocab_size"]):
-        raise ModelError(
-            f"mask id {mask} is not in the vocabulary of {config['vocab_size']}: name it in config.json or by --mask-id"
-        )
+    mask = _checked_mask(next(int(value) for value in named if value is not None), int(config["vocab_size"]))
     if name == "fast_dllm_v2":
         size = block_size or int(config.get("bd_size", 32))
         return FamilyTraits(name, "block-causal", "previous", size, math.gcd(8, size), mask, stops, banned)
     size = block_size or int(config.get("block_size", 4))
     return FamilyTraits(name, "block-causal", "own", size, size, mask, stops, banned, fused_norm=True)
+
+
+def _converted(
+    own: dict[str, Any],
+    vocab: int,
+    stops: tuple[int, ...],
+    banned: tuple[int, ...],
+    block_size: int | None,
+    mask_id: int | None,
+) -> FamilyTraits:
+    """The traits that `linocut convert` wrote into config.json."""
+    try:
+        context, source = own["context"], own["logit_source"]
+        size = int(block_size or own["block_size"])
+        mask = _checked_mask(int(own["mask_token_id"] if mask_id is None else mask_id), vocab)
+    except KeyError as error:
+        raise ModelError(f"config.json's linocut object lacks {error.args[0]!r}") from None
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"config.json's linocut object holds what is no number: {error}") from None
+    if context not in ("token-causal", "block-causal") or source not in ("own", "previous") or size < 1:
+        raise ModelError(f"config.json's linocut object is not valid: {context!r}, {source!r}, block size {size}")
+    gated = own.get("adapter") is not None
+    return FamilyTraits("linocut", context, source, size, size, mask, stops, banned, gated=gated)
+
+
+def _checked_mask(mask: int, vocab: int) -> int:
+    if not 0 <= mask < vocab:
+        raise ModelError(f"mask id {mask} is not in the vocabulary of {vocab}: name it in config.json or by --mask-id")
+    return mask

@@ -27,16 +27,17 @@ class Bucket:
     rows: int
     query: int
     visible: int
+    noisy: bool
 
 
-def bucket_of(tokens: int, rows: int, query: int, visible: int) -> Bucket:
+def bucket_of(tokens: int, rows: int, query: int, visible: int, noisy: bool) -> Bucket:
     """Few sizes, so that serving soon has met all of them: two token counts for each power of two, bounds far apart.
 
     A row count that is too high costs empty page table rows, a query or context bound that is too high costs programs
     that return at once.
     """
     step = 1 << max((tokens - 1).bit_length() - 2, 0)
-    return Bucket(-(-tokens // step) * step, _power(rows, 4), _power(query, 8), _power(visible, 4, least=512))
+    return Bucket(-(-tokens // step) * step, _power(rows, 4), _power(query, 8), _power(visible, 4, least=512), noisy)
 
 
 def _power(value: int, base: int = 2, least: int = 1) -> int:
@@ -65,9 +66,10 @@ class ForwardGraphs:
     def forward(self, batch: ForwardBatch) -> Tensor | None:
         """Hidden states [>= tokens, hidden], valid until the next call; None if the batch is too large for a graph."""
         tokens, layout = batch.ids.shape[0], batch.layout
-        if tokens > MAX_TOKENS or layout.scratch_start is not None:
+        if tokens > MAX_TOKENS:
             return None
-        bucket = bucket_of(tokens, layout.page_table.shape[0], layout.max_query, layout.max_visible)
+        noisy = batch.noisy is not None
+        bucket = bucket_of(tokens, layout.page_table.shape[0], layout.max_query, layout.max_visible, noisy)
         captured = self._captured.get(bucket)
         if captured is None:
             captured = self._capture(bucket)
@@ -92,7 +94,7 @@ class ForwardGraphs:
         return captured
 
     def _run(self, batch: ForwardBatch) -> Tensor:
-        return self._decoder.forward(batch.ids, batch.positions, batch.slots, self._cache, batch.layout)
+        return self._decoder.forward(batch.ids, batch.positions, batch.slots, self._cache, batch.layout, batch.noisy)
 
 
 def _static_batch(bucket: Bucket, page_size: int, device: torch.device) -> ForwardBatch:
@@ -103,13 +105,14 @@ def _static_batch(bucket: Bucket, page_size: int, device: torch.device) -> Forwa
         query_start=zeros(bucket.rows + 1),
         page_table=zeros(bucket.rows, -(-bucket.visible // page_size)),
         visible=zeros(bucket.tokens),
-        scratch_start=None,
-        scratch_end=None,
+        scratch_start=zeros(bucket.tokens) if bucket.noisy else None,
+        scratch_end=zeros(bucket.tokens) if bucket.noisy else None,
         max_query=bucket.query,
         max_visible=bucket.visible,
         page_size=page_size,
     )
-    return ForwardBatch(zeros(bucket.tokens), zeros(bucket.tokens), zeros(bucket.tokens), layout, None)
+    noisy = zeros(bucket.tokens).bool() if bucket.noisy else None
+    return ForwardBatch(zeros(bucket.tokens), zeros(bucket.tokens), zeros(bucket.tokens), layout, noisy, None)
 
 
 def _fill(static: ForwardBatch, batch: ForwardBatch) -> None:
@@ -120,6 +123,17 @@ def _fill(static: ForwardBatch, batch: ForwardBatch) -> None:
     static.slots[tokens:].zero_()
     static.layout.visible[:tokens].copy_(batch.layout.visible)
     static.layout.visible[tokens:].zero_()
+    if static.noisy is not None and batch.noisy is not None:
+        static.noisy[:tokens].copy_(batch.noisy)
+        static.noisy[tokens:].zero_()
+    for there, here in (
+        (static.layout.scratch_start, batch.layout.scratch_start),
+        (static.layout.scratch_end, batch.layout.scratch_end),
+    ):
+        if there is not None:
+            there.zero_()
+            if here is not None:
+                there[:tokens].copy_(here)
     static.layout.query_start[: rows + 1].copy_(batch.layout.query_start)
     static.layout.query_start[rows + 1 :].fill_(tokens)
     pages = batch.layout.page_table.shape[1]

@@ -95,6 +95,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         device=device,
         quantization=config.quantization,
         backend=backend,
+        adapter_rank=_adapter_rank(raw) if traits.gated else 0,
+        mask_id=traits.mask_id,
     )
     pages = page_count(config, backbone, traits, dtype, device)
     # The longest request must fit the pool by itself, its last block included; page 0 is padding.
@@ -154,6 +156,13 @@ def load_model(config: EngineConfig) -> LoadedModel:
         max_queued=config.max_queued,
     )
     return LoadedModel(info, traits, backbone, runner, scheduler)
+
+
+def _adapter_rank(config: dict[str, Any]) -> int:
+    try:
+        return int(config["linocut"]["adapter"]["rank"])
+    except (KeyError, TypeError, ValueError):
+        raise ModelError("config.json's linocut.adapter names no rank") from None
 
 
 def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:

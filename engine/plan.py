@@ -40,6 +40,7 @@ class RowPlan:
     width: the most positions it may run, from its run start. Less than its whole step makes it a prefill chunk (or a
     commit without the next denoise step), which decides nothing.
     targets: the most positions whose statistics it needs; 0 for a chunk.
+    segments, segment: draft segments behind the span, and the rows of each; their K/V is scratch.
     end: an upper bound of the slots it may see.
     """
 
@@ -48,6 +49,12 @@ class RowPlan:
     width: int
     targets: int
     end: int
+    segments: int = 0
+    segment: int = 0
+
+    @property
+    def scratch(self) -> int:
+        return self.segments * self.segment
 
 
 @dataclass(frozen=True)
@@ -78,3 +85,4 @@ class RowReport:
     next_run_start: int
     next_width: int
     next_targets: int
+    next_segments: int = 0

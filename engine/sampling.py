@@ -123,15 +123,28 @@ def _slice(rows: SamplingRows, part: slice) -> SamplingRows:
     )
 
 
-def to_window(rows: LogitRows, token: Tensor, confidence: Tensor, count: int, window: int) -> WindowStatistics:
-    """Scatter [M] results to the [count, window] grid; what the host reserved in vain goes to a column cut off here."""
+def to_window(
+    rows: LogitRows, token: Tensor, confidence: Tensor, count: int, window: int, segments: Tensor | None, longest: int
+) -> WindowStatistics:
+    """Scatter [M] results to the grid of `count` rows: [count, window], and [count, S, longest] of draft segments.
+
+    segments: [count, S] (see Span) or None. What the host reserved in vain goes to a column that is cut off here.
+    """
     device = token.device
-    column = torch.where(rows.valid, rows.offset, window)
+    most = segments.shape[1] if segments is not None and longest else 0
+    columns = window + most * longest
+    column = torch.where(rows.valid, rows.column, columns)
     # Scattered, not assigned: writing a Python scalar through tensor indices would wait for the device.
-    at = rows.row * (window + 1) + column
-    size = count * (window + 1)
-    ids = torch.zeros(size, dtype=torch.int64, device=device).scatter_(0, at, token)
-    scores = torch.full((size,), -torch.inf, device=device).scatter_(0, at, confidence)
-    asked = torch.zeros(size, dtype=torch.bool, device=device).scatter_(0, at, rows.valid)
-    grid = (count, window + 1)
-    return WindowStatistics(asked.view(grid)[:, :window], ids.view(grid)[:, :window], scores.view(grid)[:, :window])
+    at = rows.row * (columns + 1) + column
+    size = count * (columns + 1)
+    grid = (count, columns + 1)
+    ids = torch.zeros(size, dtype=torch.int64, device=device).scatter_(0, at, token).view(grid)
+    scores = torch.full((size,), -torch.inf, device=device).scatter_(0, at, confidence).view(grid)
+    asked = torch.zeros(size, dtype=torch.bool, device=device).scatter_(0, at, rows.valid).view(grid)
+    draft = None
+    if most:
+        shape = (count, most, longest)
+        draft = WindowStatistics(*(x[:, window:columns].reshape(shape) for x in (asked, ids, scores)))
+    return WindowStatistics(
+        asked[:, :window], ids[:, :window], scores[:, :window], draft, segments if draft is not None else None
+    )

@@ -88,7 +88,7 @@ class Scheduler:
             if grant:
                 grants[sequence] = grant
             rows[sequence] = self._row(sequence, width)
-            budget -= width
+            budget -= width + rows[sequence].scratch
 
         admissions = []
         # Whoever was preempted just now must not take the pages back before the older ones have what they need.
@@ -106,7 +106,7 @@ class Scheduler:
             width = self._width_within(sequence, budget)
             if width:
                 rows[sequence] = self._row(sequence, width)
-                budget -= width
+                budget -= width + rows[sequence].scratch
 
         self._step += 1
         for sequence in rows:
@@ -135,19 +135,23 @@ class Scheduler:
 
     def _width_within(self, sequence: Sequence, budget: int) -> int:
         """The whole next step if the budget has room for it, else as many whole blocks of clean tokens as fit."""
-        if sequence.width <= budget:
+        if sequence.width + sequence.scratch <= budget:
             return sequence.width
         unit = sequence.block_size
         return min(sequence.clean // unit, budget // unit) * unit
 
     def _row(self, sequence: Sequence, width: int) -> RowPlan:
         whole = width == sequence.width
+        segments = sequence.segments if whole else 0
+        scratch = segments * sequence.segment
         return RowPlan(
             slot=self._slot(sequence),
             strategy=sequence.request.decoding.strategy,
             width=width,
             targets=sequence.targets if whole else 0,
-            end=max(sequence.run_start + width, sequence.start + sequence.block_size if whole else 0),
+            end=max(sequence.run_start + width + scratch, sequence.start + sequence.block_size if whole else 0),
+            segments=segments,
+            segment=sequence.segment,
         )
 
     def _extend(
@@ -159,11 +163,12 @@ class Scheduler:
     ) -> tuple[PageGrant | None, int]:
         """Pages for the next `width` positions, ahead of need.
 
-        If there are none, commit the finished block alone where that is possible; else preempt from the young end.
-        Returns width 0 if the sequence itself had to go.
+        If there are none, do without draft segments, then commit the finished block alone where that is possible; else
+        preempt from the young end. Returns width 0 if the sequence itself had to go.
         """
         while True:
-            missing = self._pages_for(sequence.run_start + width) - len(sequence.pages)
+            scratch = sequence.scratch if width == sequence.width else 0
+            missing = self._pages_for(sequence.run_start + width + scratch) - len(sequence.pages)
             if missing <= 0:
                 return None, width
             first = len(sequence.pages)
@@ -171,6 +176,9 @@ class Scheduler:
             try:
                 pages = self.pool.allocate(missing)
             except OutOfPages:
+                if scratch:
+                    sequence.segments = 0
+                    continue
                 if 0 < sequence.clean < width and self._pages_for(sequence.final_len + sequence.clean) <= first:
                     width = sequence.clean
                     continue
@@ -204,6 +212,7 @@ class Scheduler:
         sequence.run_start = report.next_run_start
         sequence.width = report.next_width
         sequence.targets = report.next_targets
+        sequence.segments = report.next_segments
         self._share_final_units(sequence)
         if sequence.finish:
             self.running.remove(sequence)
@@ -213,12 +222,12 @@ class Scheduler:
 
     def _count(self, sequence: Sequence, row: RowPlan) -> None:
         sequence.forwards += 1
-        sequence.positions += row.width
+        sequence.positions += row.width + row.scratch
         clean = min(row.width, sequence.clean)
         prefill = min(clean, max(sequence.prompt_len - sequence.run_start, 0))
         self.counters.prefill_positions += prefill
         self.counters.commit_positions += clean - prefill
-        self.counters.denoise_positions += row.width - clean
+        self.counters.denoise_positions += row.width - clean + row.scratch
 
     # ---------------------------------------------------------------- pages and slots
 
@@ -246,9 +255,14 @@ class Scheduler:
         units = self.prefix.match(sequence.tokens, sequence.request.salt, limit)
         cached = len(units) * self.prefix.unit_tokens
         sequence.plan_from(cached)
-        missing = self._pages_for(sequence.run_end) - len(units) * self.prefix.unit_pages
         # A page for each running sequence stays back: admitting one only to preempt it helps nobody.
-        if missing + len(self.running) > self.pool.free + self.prefix.idle_pages:
+        available = self.pool.free + self.prefix.idle_pages - len(self.running)
+        cached_pages = len(units) * self.prefix.unit_pages
+        missing = self._pages_for(sequence.run_end + sequence.scratch) - cached_pages
+        if missing > available and sequence.segments:
+            sequence.segments = 0
+            missing = self._pages_for(sequence.run_end) - cached_pages
+        if missing > available:
             for unit in reversed(units):
                 self.prefix.release(unit)
             sequence.plan_from(0)

@@ -23,16 +23,18 @@ class Sequence:
     start: first position of the active block. final_len: slots below it hold final K/V.
     window, decided: ids and flags of the active block's positions from `start` on (empty: nothing is decided there).
     width: positions that the next whole step runs, from final_len on or from `run_start`. targets: positions whose
-        statistics that step needs.
+        statistics that step needs. segments: draft segments that it may run behind them.
     """
 
     request: AddRequest
     choice: int
     order: int  # of arrival; the scheduler is first come, first served
     block_size: int
-    seeds: bool  # shifted family: position `start` comes from the row before it
-    feed: int  # rows that a step feeds from the last token on (token-causal families); 0 for block families
+    seeds: bool  # a block's first position is decided by a forward of its own (FamilyTraits.commit_seeds)
+    feed: int  # rows that the first step feeds from the last token on, if the strategy walks a frontier; else 0
     leader: Sequence | None = None
+    opens: bool = False  # a block's first position is decided by the forward that denoises the rest (commit_opens)
+    segment: int = 0  # rows of a draft segment, for strategies that draft with masks
 
     tokens: list[int] = field(default_factory=list)
     start: int = 0
@@ -43,6 +45,7 @@ class Sequence:
     run_start: int = 0
     width: int = 0
     targets: int = 0
+    segments: int = 0
 
     status: Status = Status.WAITING
     last_step: int = 0  # the scheduler's step in which it last ran
@@ -80,12 +83,17 @@ class Sequence:
     @property
     def clean(self) -> int:
         """Final positions without K/V that a chunk may run. The row that yields the next logits is not among them."""
-        return max(self.start - self.final_len - (1 if self.feed else 0), 0)
+        return max(self.start - self.final_len - (1 if self.feed or self.opens else 0), 0)
 
     @property
     def prefilling(self) -> bool:
         """More than one block of clean tokens has no K/V yet."""
         return self.clean > self.block_size
+
+    @property
+    def scratch(self) -> int:
+        """Rows of the next whole step whose K/V nobody sees afterwards."""
+        return self.segments * self.segment
 
     @property
     def run_end(self) -> int:
@@ -100,6 +108,7 @@ class Sequence:
         if self.feed:
             self.targets = min(self.feed, self.limit - self.start)
             self.width = self.start + self.targets - 1 - final_len
+            self.segments = 1 if self.segment and self.start + 3 <= self.limit else 0
             return
         first_undecided = not (self.decided[0] if self.decided else self.start < len(self.tokens))
         if self.seeds and first_undecided and self.start > 0:

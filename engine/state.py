@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .decoding.parameters import FRONTIER, MAX_DRAFT
 from .params import SamplingParams
 from .plan import Admission, PageGrant
 
@@ -29,6 +30,7 @@ class RowState:
     tokens, decided: [rows, length]. Undecided positions hold the mask id, or a draft.
     prompt_len, start, final_len, step, limit: [rows]; see `Sequence`.
     fresh: [rows] bool, the active block's slots hold K/V of a whole-block forward (sub-block cache).
+    drafts: [rows], drafts of masks that stand behind `start`; draft_confidence: [rows, MAX_DRAFT] float32.
     stops: [rows, K] ids that end the text, padded with -1; stops_from: [rows, K] the position below which each is
         banned (min_tokens; for ignore_eos the family's are banned everywhere).
     page_table: [rows, pages].
@@ -43,6 +45,8 @@ class RowState:
     step: Tensor
     limit: Tensor
     fresh: Tensor
+    drafts: Tensor
+    draft_confidence: Tensor
     stops: Tensor
     stops_from: Tensor
     page_table: Tensor
@@ -68,6 +72,7 @@ PARAMETER_COLUMNS: dict[str, tuple[torch.dtype, float]] = {
     "confidence": (torch.bool, 0),
     "order": (torch.bool, 0),
     "draft_length": (_INT, 1),
+    "row_cost": (torch.float32, -1.0),
 }
 _CODES: dict[str, dict[str, int]] = {
     "confidence": {"tempered": 0, "filtered": 1},
@@ -93,6 +98,8 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
         step=ints(rows),
         limit=ints(rows),
         fresh=torch.zeros(rows, dtype=torch.bool, device=device),
+        drafts=ints(rows),
+        draft_confidence=torch.zeros((rows, MAX_DRAFT), dtype=torch.float32, device=device),
         stops=torch.full((rows, 4), -1, dtype=_INT, device=device),
         stops_from=ints(rows, 4),
         page_table=ints(rows, pages),
@@ -112,7 +119,7 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
 def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int, ...], mask_id: int | None) -> None:
     """Write the rows of `admissions`. `stop_ids` are the family's.
 
-    The mask id stands at undecided positions; without one, the row's own tokens do, as the first draft.
+    The mask id stands at undecided positions of a block; on a frontier the row's own tokens do, as a first draft.
     """
     if not admissions:
         return
@@ -138,6 +145,7 @@ def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int
     write_list(state.step, [row.step for row in admissions])
     write_list(state.limit, [row.prompt_len + row.sampling.max_tokens for row in admissions])
     write_list(state.fresh, [False] * len(admissions))
+    write_list(state.drafts, [0] * len(admissions))
     write_list(state.temperature, [0.0 if is_greedy(s) else s.temperature for s in sampling])
     write_list(state.top_p, [s.top_p for s in sampling])
     write_list(state.top_k, [min(s.top_k, torch.iinfo(_INT).max) for s in sampling])
@@ -169,7 +177,7 @@ def _initial_tokens(admissions: list[Admission], length: int, mask_id: int | Non
     decided = torch.zeros((len(admissions), length), dtype=torch.bool)
     for index, row in enumerate(admissions):
         known = len(row.tokens)
-        if mask_id is None:
+        if mask_id is None or row.decoding.strategy in FRONTIER:
             ids = (row.tokens * (2 + FIRST_DRAFT // known))[: known + FIRST_DRAFT]
         else:
             ids = [*row.tokens, *row.window[max(known - row.start, 0) :]]

@@ -32,7 +32,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Argument(help="A folder or a hub id; without it, the embedded model.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder or a hub id; without it, the embedded model; its original: smollm2-135m-instruct."
+        ),
+    ] = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     served_model_name: Annotated[

@@ -1,4 +1,4 @@
-"""The commands beside `serve`: benchmarks and conformance. They run the engine in this process."""
+"""The commands beside `serve`: benchmarks, conformance, conversion. They run the engine in this process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ import typer
 
 from linocut.engine.errors import ConfigError
 
+from .convert import app as convert
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the `linocut` application."""
     app.command()(bench)
     app.command()(conformance)
+    app.add_typer(convert, name="convert")
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(help="A folder or a hub id; without it, the embedded model.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder or a hub id; without it, the embedded model; its original: smollm2-135m-instruct."
+        ),
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help="A published shape with random weights, instead of a model.")
     ] = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ def row_view(state: RowState, slots: Tensor, window: int) -> RowView:
         tokens=state.tokens[slots[:, None], places],
         decided=state.decided[slots[:, None], places],
         fresh=state.fresh[slots],
+        drafts=state.drafts[slots],
+        draft_confidence=state.draft_confidence[slots],
         parameters={name: column[slots] for name, column in state.parameters.items()},
     )
 
@@ -40,7 +44,7 @@ def guard(view: RowView, statistics: WindowStatistics, decision: Decision) -> De
     score = torch.where(allowed, statistics.confidence, -torch.inf)
     best = torch.zeros_like(commit).scatter_(1, score.argmax(dim=1, keepdim=True), True) & allowed
     commit = torch.where(commit.any(dim=1, keepdim=True), commit, best)
-    return Decision(commit, decision.tokens, decision.drafts)
+    return replace(decision, commit=commit)
 
 
 def advance(
@@ -50,11 +54,13 @@ def advance(
     whole: Tensor,
     decision: Decision,
     traits: FamilyTraits,
+    frontier: bool,
     stop_at_block_end: bool,
 ) -> Tensor:
     """Write a decision to the rows, find the end of their text, and move them to their next block.
 
-    whole: [rows] bool, the row ran all of its span (a chunk decides nothing). stop_at_block_end: look for stop ids only
+    whole: [rows] bool, the row ran all of its span (a chunk decides nothing). frontier: the rows go on from their last
+    token instead of from block to block. stop_at_block_end: look for stop ids only
     once the block is full (SDAR's reference loop) instead of as soon as no undecided position stands before one.
     Returns [rows, 2 + 2 W] int32: finish, prefix, window ids, window flags, as decided.
     """
@@ -85,9 +91,9 @@ def advance(
     state.tokens[rows, places] = tokens
     state.decided[rows, places] = decided
     done = torch.minimum(span.run_end, span.clean_end)
-    if traits.context == "token-causal" and decision.drafts is not None:
-        _place_drafts(state, view, leading, decision.drafts, whole)
-    if traits.mask_id is None:
+    if decision.drafts is not None:
+        _place_drafts(state, view, leading, decision, decision.drafts, whole)
+    if frontier:
         start = view.start + torch.where(whole, leading, 0).int()
         # The last token is fed again: its row predicts the next position.
         final_len = torch.where(whole, start - 1, done)
@@ -104,10 +110,17 @@ def advance(
     return torch.cat([finish[:, None], prefix[:, None], tokens, decided.int()], dim=1)
 
 
-def _place_drafts(state: RowState, view: RowView, leading: Tensor, drafts: Tensor, whole: Tensor) -> None:
+def _place_drafts(
+    state: RowState, view: RowView, leading: Tensor, decision: Decision, drafts: Tensor, whole: Tensor
+) -> None:
     """Put `drafts` behind the row's new start; rows that ran a chunk keep what stands there."""
     start = view.start + torch.where(whole, leading, 0).int()
     places = start[:, None].long() + torch.arange(drafts.shape[1], device=start.device)
     rows = view.slots[:, None]
     kept = state.tokens[rows, places]
     state.tokens[rows, places] = torch.where(whole[:, None], drafts.to(kept.dtype), kept)
+    if decision.draft_count is not None and decision.draft_confidence is not None:
+        state.drafts[view.slots] = torch.where(whole, decision.draft_count, view.drafts)
+        state.draft_confidence[view.slots] = torch.where(
+            whole[:, None], decision.draft_confidence, view.draft_confidence
+        )

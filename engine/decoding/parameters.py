@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from ..errors import ParameterError
+from ..family import FamilyTraits
 from ..params import DecodingParams, ParameterValue
 
 
@@ -21,6 +22,8 @@ class Traits(Protocol):
     def context(self) -> str: ...
     @property
     def block_size(self) -> int: ...
+    @property
+    def mask_id(self) -> int | None: ...
 
 
 class StaticParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,19 +80,60 @@ class JacobiParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     draft_length: Annotated[int, Meta(ge=2, le=256, description="rows fed a forward, the last token included")] = 16
 
 
+class VerifyParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Drafts from masks, verified by the clean rows of the next forward: the autoregressive text in fewer forwards."""
+
+    draft_length: Annotated[int, Meta(ge=1, le=12, description="masks of a draft; default: the block size")] | None = (
+        None
+    )
+    row_cost: (
+        Annotated[
+            float,
+            Meta(
+                ge=0.0,
+                le=1.0,
+                description="what a row must promise, in tokens, to be run; 0 runs all; default: by device and load",
+            ),
+        ]
+        | None
+    ) = None
+
+
 PARAMETERS: dict[str, type[msgspec.Struct]] = {
     "static": StaticParams,
     "threshold": ThresholdParams,
     "autoregressive": AutoregressiveParams,
     "jacobi": JacobiParams,
+    "verify": VerifyParams,
 }
+
+# Strategies whose rows go on from the last token, wherever it is; those of the others lie on the grid of blocks.
+FRONTIER = frozenset({"autoregressive", "jacobi", "verify"})
+MAX_DRAFT = 12
 
 
 def strategies_for(traits: Traits) -> tuple[str, ...]:
     """Names of the strategies that are valid on a model, the family's default first."""
-    if traits.context == "token-causal":
+    if traits.mask_id is None:
         return ("autoregressive", "jacobi")
+    if traits.context == "token-causal":
+        return ("verify", "threshold", "static", "autoregressive", "jacobi")
     return ("threshold", "static")
+
+
+def first_rows(decoding: DecodingParams, traits: FamilyTraits) -> tuple[int, int]:
+    """(rows that a sequence's first step feeds from its last token on, rows of a draft segment); 0 where neither is."""
+    if decoding.strategy not in FRONTIER:
+        return 0, 0
+    length = int(decoding.values.get("draft_length", 1))
+    if decoding.strategy == "verify":
+        return 1, segment_rows(length, traits)
+    return length, 0
+
+
+def segment_rows(draft_length: int, traits: FamilyTraits) -> int:
+    """Masks that propose `draft_length` tokens behind the next one: unshifted, the first one would propose that one."""
+    return draft_length + (1 if traits.logit_source == "own" else 0)
 
 
 def resolve(
@@ -128,6 +172,8 @@ def resolve(
             raise ParameterError(f"diffusion.{key}", str(error)[:200]) from None
     params = msgspec.convert(merged, cls)
     values: dict[str, ParameterValue] = {k: v for k, v in msgspec.structs.asdict(params).items() if v is not None}
+    if name == "verify":
+        values.setdefault("draft_length", min(max(traits.block_size, 1), MAX_DRAFT))
     _check_block(traits, values)
     return DecodingParams(strategy=name, values=values)
 

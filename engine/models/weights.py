@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ModelError
+from .adapter import FILE as ADAPTER_FILE
 
 
 class WeightFiles:
@@ -21,7 +22,8 @@ class WeightFiles:
         index = folder / "model.safetensors.index.json"
         if index.exists():
             names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            files = sorted(set(names.values()))
+            # An adapter lies beside the base's weights, which its index does not know of.
+            files = sorted({*names.values(), *([ADAPTER_FILE] if (folder / ADAPTER_FILE).exists() else [])})
         else:
             files = sorted(p.name for p in folder.glob("*.safetensors"))
         if not files:

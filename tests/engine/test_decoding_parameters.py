@@ -18,9 +18,10 @@ from linocut.engine.errors import ParameterError
 class Model:
     context: str = "block-causal"
     block_size: int = 32
+    mask_id: int | None = 7
 
 
-BLOCKS, CAUSAL = Model(), Model("token-causal", 1)
+BLOCKS, CAUSAL, CONVERTED = Model(), Model("token-causal", 1, None), Model("token-causal", 4)
 
 
 def refused(model: Model, requested: dict[str, Any] | None, *defaults: Any) -> str:
@@ -41,7 +42,8 @@ def test_nothing_asked_for_is_the_familys_default(requested: dict[str, Any] | No
 def test_strategies_are_those_of_the_attention() -> None:
     assert strategies_for(BLOCKS) == ("threshold", "static")
     assert strategies_for(CAUSAL) == ("autoregressive", "jacobi")
-    assert {*strategies_for(BLOCKS), *strategies_for(CAUSAL)} == set(PARAMETERS)
+    assert strategies_for(CONVERTED) == ("verify", "threshold", "static", "autoregressive", "jacobi")
+    assert {*strategies_for(BLOCKS), *strategies_for(CONVERTED)} == set(PARAMETERS)
     assert refused(BLOCKS, {"strategy": "jacobi"}) == "diffusion.strategy"
     assert refused(CAUSAL, {"strategy": "threshold"}) == "diffusion.strategy"
 
@@ -166,7 +168,7 @@ FIELDS = sorted({field for cls in PARAMETERS.values() for field in cls.__struct_
 
 
 @given(
-    st.sampled_from([BLOCKS, CAUSAL, Model(block_size=1), Model(block_size=12)]),
+    st.sampled_from([BLOCKS, CAUSAL, CONVERTED, Model(block_size=1), Model(block_size=12)]),
     st.dictionaries(st.sampled_from(["strategy", *FIELDS]) | st.text(max_size=8), JSON, max_size=4),
 )
 def test_any_object_is_resolved_or_refused(model: Model, requested: dict[str, Any]) -> None:

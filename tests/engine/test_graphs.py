@@ -21,13 +21,13 @@ def batch(rows: int, width: int, pages: int, page_size: int = 8) -> ForwardBatch
         page_size=page_size,
     )
     counted = torch.arange(tokens, dtype=torch.int32) + 1
-    return ForwardBatch(counted, counted + 100, counted + 200, layout, None)
+    return ForwardBatch(counted, counted + 100, counted + 200, layout, None, None)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 33, 100, 257, 1000, MAX_TOKENS])
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_a_bucket_holds_what_it_is_asked_for_and_adds_at_most_half_of_the_tokens(tokens: int, rows: int) -> None:
-    bucket = bucket_of(tokens, rows, 33, 700)
+    bucket = bucket_of(tokens, rows, 33, 700, False)
     assert bucket.tokens >= tokens
     assert bucket.tokens <= max(tokens * 1.5, 4)
     assert bucket.rows >= rows
@@ -38,7 +38,7 @@ def test_a_bucket_holds_what_it_is_asked_for_and_adds_at_most_half_of_the_tokens
 def test_a_growing_load_needs_few_graphs() -> None:
     """Rows of one block, alone and with the commit of the block before, up to 64 of them over growing contexts."""
     seen = {
-        bucket_of(min(rows * 4 + extra * 4, MAX_TOKENS), rows, 8, context)
+        bucket_of(min(rows * 4 + extra * 4, MAX_TOKENS), rows, 8, context, False)
         for rows in range(1, 65)
         for extra in (0, rows // 3, rows)
         for context in (100, 900, 1800)
@@ -48,7 +48,7 @@ def test_a_growing_load_needs_few_graphs() -> None:
 
 def test_a_replay_reads_the_batch_and_nothing_of_the_one_before() -> None:
     large, small = batch(rows=4, width=4, pages=3), batch(rows=2, width=3, pages=2)
-    static = _static_batch(bucket_of(16, 4, 4, 24), 8, torch.device("cpu"))
+    static = _static_batch(bucket_of(16, 4, 4, 24, False), 8, torch.device("cpu"))
     _fill(static, large)
     _fill(static, small)
     for name in ("ids", "positions", "slots"):

@@ -132,6 +132,7 @@ def add(name: str, prompt: list[int], max_tokens: int = 20, **fields: Any) -> Ad
 class SDAR:
     context = "block-causal"
     block_size = 4
+    mask_id = 311
 
 
 def test_it_says_what_it_has_loaded(shared: Client) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("server", "engine", "kernels")
+SOURCES = ("server", "engine", "kernels", "training")
 
 
 def project() -> dict[str, Any]:

@@ -26,6 +26,13 @@ def test_it_holds_every_module_of_the_source_folders(names: list[str]) -> None:
     assert {name for name in names if name.endswith(".py")} == modules
 
 
+def test_it_holds_the_embedded_models_files_and_no_other_data(names: list[str]) -> None:
+    folder = ROOT / "engine" / "models" / "smollm2_135m"
+    shipped = {f"linocut/{path.relative_to(ROOT)}" for path in folder.glob("*")}
+    data = {name for name in names if name.startswith("linocut/") and not name.endswith((".py", "py.typed"))}
+    assert data == shipped
+
+
 def test_typed_packages_say_so(names: list[str]) -> None:
     typed = {f"linocut/{path.relative_to(ROOT)}" for folder in SOURCES for path in (ROOT / folder).rglob("py.typed")}
     assert {"linocut/engine/py.typed", "linocut/kernels/py.typed"} <= typed

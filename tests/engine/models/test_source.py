@@ -35,6 +35,14 @@ def test_none_is_the_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert resolve_model(None) == tmp_path
 
 
+def test_the_original_of_the_embedded_model_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(embedded, "ensure", lambda adapted: tmp_path if not adapted else None)
+    assert resolve_model("smollm2-135m-instruct") == tmp_path
+    folder_with(tmp_path / "smollm2-135m-instruct", "config.json", "model.safetensors")
+    assert resolve_model("smollm2-135m-instruct") == Path("smollm2-135m-instruct")
+
+
 def test_a_local_folder_is_itself(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "m", "config.json", "model.safetensors", "pytorch_model.bin", "q4.gguf")
     assert resolve_model(str(folder)) == folder

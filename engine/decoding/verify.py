@@ -1,0 +1,101 @@
+"""Draft with masks, verify with clean rows: the autoregressive text in fewer forwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..family import FamilyTraits
+from .parameters import MAX_DRAFT
+from .view import Decision, RowView, Span, WindowStatistics
+
+# Tokens that a following forward gains, on average, by having drafts.
+_GAIN = 0.8
+
+
+class Verify:
+    """Accept the drafts that the model's own choices confirm, and the choice behind them (token-causal context).
+
+    A forward runs the last token and its drafts causally, as an autoregressive model would: row by row they say what
+    comes next, greedily or drawn with the noise of (seed, position). So the text is that of `autoregressive` token for
+    token, whatever was drafted. Behind them the same forward runs *segments* of masks, each behind another prefix of
+    the drafts and seeing nothing of the rest: the one behind the prefix that turns out right drafts for the next
+    forward, also where a draft was wrong. After I-DLM's introspective strided decoding (arXiv 2604.11035), which has
+    the one segment behind all drafts and loses a forward to each wrong one.
+
+    A row is run if what it promises pays for it. The confidence of a draft is taken for the probability that it is
+    right: a draft promises the probability that all up to it are, a segment that of its prefix being the longest right
+    one.
+    """
+
+    name = "verify"
+
+    def plan(self, view: RowView, traits: FamilyTraits) -> Span:
+        window = view.tokens.shape[1]
+        offsets = torch.arange(window, device=view.start.device, dtype=torch.int32)
+        reach, ends = _prospects(view, window)
+        cost = view.parameters["row_cost"][:, None]
+        room = (view.limit - view.start - 1)[:, None]
+        # reach falls with every draft, so these are the first ones.
+        run = (offsets[1:] <= torch.minimum(view.drafts[:, None], room)) & (reach[:, 1:] >= cost)
+        count = run.sum(dim=1, dtype=torch.int32)
+        # The last draft that runs ends the chain: behind it stands what would have ended it later.
+        last = offsets == count[:, None]
+        ends = torch.where(last, reach, ends)
+        useful = (offsets <= count[:, None]) & (view.start[:, None] + offsets + 3 <= view.limit[:, None])
+        length = view.parameters["draft_length"][:, None]
+        worth = ends * _GAIN >= cost * length
+        best = torch.zeros_like(useful).scatter_(1, ends.argmax(dim=1, keepdim=True), True)
+        chosen = useful & (worth | best)
+        # Chosen ones first, in order.
+        order = torch.sort((~chosen).to(torch.uint8), dim=1, stable=True).indices
+        segments = torch.where(chosen.gather(1, order), order.int(), -1)
+        return Span(
+            run_start=view.final_len,
+            run_end=view.start + count,
+            clean_end=view.start,
+            targets=offsets <= torch.minimum(count, view.limit - view.start - 1)[:, None],
+            seeding=torch.zeros_like(view.fresh),
+            opening=torch.zeros_like(view.fresh),
+            segments=segments,
+        )
+
+    def decide(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
+        choice, asked = statistics.token, statistics.candidates
+        window = choice.shape[1]
+        offsets = torch.arange(window, device=choice.device)
+        drafted = offsets < asked.sum(dim=1, keepdim=True) - 1
+        agrees = (view.tokens == choice) & asked & drafted
+        accepted = agrees.int().cumprod(dim=1).sum(dim=1, keepdim=True)
+        tokens, confidence, count = _drafts_behind(view, statistics, accepted, traits)
+        drafts = torch.where(offsets < count[:, None], pad(tokens, (0, window - tokens.shape[1])), choice)
+        return Decision((offsets <= accepted) & asked, choice, drafts, count, confidence)
+
+
+def _prospects(view: RowView, window: int) -> tuple[Tensor, Tensor]:
+    """[rows, W] each: the probability that the first j drafts are right, and that exactly they are."""
+    known = torch.arange(MAX_DRAFT, device=view.start.device) < view.drafts[:, None]
+    confidence = torch.where(known, view.draft_confidence, 0.0)[:, : window - 1]
+    reach = torch.cat([torch.ones_like(confidence[:, :1]), confidence.cumprod(dim=1)], dim=1)
+    beyond = torch.cat([reach[:, 1:], torch.zeros_like(reach[:, :1])], dim=1)
+    return reach, reach - beyond
+
+
+def _drafts_behind(
+    view: RowView, statistics: WindowStatistics, accepted: Tensor, traits: FamilyTraits
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The drafts of the segment behind `accepted` ([rows, 1]) drafts: ids [rows, M], confidence [rows, MAX_DRAFT],
+    how many [rows] int32 (0 where no such segment ran)."""
+    draft = statistics.draft
+    rows = accepted.shape[0]
+    if draft is None or statistics.segments is None:
+        nothing = torch.zeros((rows, 1), dtype=torch.int64, device=accepted.device)
+        return nothing, torch.zeros_like(view.draft_confidence), torch.zeros_like(view.drafts)
+    right = statistics.segments == accepted  # [rows, S]
+    pick = right.int().argmax(dim=1)[:, None, None].expand(-1, 1, draft.token.shape[2])
+    asked = draft.candidates.gather(1, pick)[:, 0] & right.any(dim=1, keepdim=True)  # [rows, M]
+    tokens = draft.token.gather(1, pick)[:, 0]
+    confidence = torch.where(asked, draft.confidence.gather(1, pick)[:, 0], 0.0)
+    confidence = pad(confidence, (0, view.draft_confidence.shape[1] - confidence.shape[1]))
+    return tokens, confidence, asked.sum(dim=1, dtype=torch.int32)

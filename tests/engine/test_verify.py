@@ -1,0 +1,198 @@
+"""Verified decoding and the gated adapter: the autoregressive text, whatever the drafts are worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from converted import converted_folder
+from tiny_engines import Answers, change_logits, engine, prompt_of, request, run
+
+from linocut.engine.core import EngineCore
+from linocut.engine.errors import ModelError
+from linocut.engine.family import family_from_config
+
+# Temperatures, filters and penalties of the end: what a text may depend on.
+SAMPLING: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8, "seed": 5},
+    {"temperature": 1.3, "seed": 6, "top_k": 7},
+    {"temperature": 0.6, "seed": 7, "top_p": 0.7, "min_p": 0.05},
+    {"stop_token_ids": (41,)},
+    {"stop_token_ids": (42,), "min_tokens": 20},
+]
+DRAFTS: list[dict[str, Any]] = [
+    {},
+    {"draft_length": 1},
+    {"draft_length": 3, "row_cost": 0.0},
+    {"draft_length": 7, "row_cost": 0.0},
+    {"draft_length": 12, "row_cost": 0.2},
+    {"draft_length": 5, "row_cost": 1.0},
+]
+
+
+@pytest.fixture(scope="module", params=[("previous", True), ("own", True), ("previous", False)], ids=str)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, gated = request.param
+    return converted_folder(tmp_path_factory.mktemp("converted"), logit_source=source, gated=gated)
+
+
+def core_of(folder: Path, **overrides: Any) -> EngineCore:
+    """Some drafts are right, as a few ids are much likelier than the rest."""
+    return engine("causal", model=str(folder), **overrides)
+
+
+def answers(core: EngineCore, diffusion: list[dict[str, Any]], n: int = 1, **options: Any) -> Answers:
+    requests = [
+        request(core, f"{at}/{kind}", prompt_of(5 + 7 * kind + at, seed=kind), 30 + at, diffusion[at], n=n, **sampling)
+        for at in range(len(diffusion))
+        for kind, sampling in enumerate(SAMPLING)
+    ]
+    return run(core, requests, **options)
+
+
+def texts(found: Answers) -> dict[tuple[str, int], Any]:
+    return {name: answer.text for name, answer in found.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[tuple[str, int], Any]:
+    return texts(answers(core_of(folder), [{"strategy": "autoregressive"}] * len(DRAFTS)))
+
+
+def test_the_text_is_the_autoregressive_one(folder: Path, expected: dict[tuple[str, int], Any]) -> None:
+    """Whatever is drafted, and beside strangers of other draft lengths."""
+    found = answers(core_of(folder), DRAFTS)
+    assert texts(found) == expected
+    assert sum(len(a.tokens) for a in found.values()) > 1.02 * sum(a.forwards for a in found.values())
+
+
+@pytest.mark.parametrize("tight", [{"budget": 256 + 8}, {"pages": 17}, {"pages": 12, "max_running": 5, "max_model_len": 128}], ids=str)
+def test_neither_a_small_budget_nor_few_pages_change_it(
+    folder: Path, expected: dict[tuple[str, int], Any], tight: dict[str, Any]
+) -> None:
+    core = core_of(folder, **tight)
+    assert texts(answers(core, DRAFTS)) == expected
+    if "pages" in tight:
+        assert core.stats().preemptions
+
+
+def test_a_request_that_fills_the_pool_alone_is_served(folder: Path) -> None:
+    """Draft segments need pages beyond the longest request's own: without them it goes on."""
+    core = core_of(folder, pages=8, max_model_len=None)
+    length = core.info.max_model_len
+    drafted = {"draft_length": 12, "row_cost": 0.0}
+    answer = run(core, [request(core, "a", prompt_of(9), length - 9, drafted)])["a", 0]
+    assert len(answer.tokens) == length - 9
+
+
+def test_choices_share_their_prompt(folder: Path) -> None:
+    core = core_of(folder)
+    sampling = {"temperature": 1.0, "seed": 11}
+    drafted = run(core, [request(core, "a", prompt_of(40), 20, {"row_cost": 0.0}, n=3, **sampling)])
+    alone = run(
+        core_of(folder), [request(core, "a", prompt_of(40), 20, {"strategy": "autoregressive"}, n=3, **sampling)]
+    )
+    assert texts(drafted) == texts(alone)
+    assert drafted["a", 1].cached_tokens == 32
+
+
+def test_certain_drafts_cost_one_forward_a_whole_draft(tmp_path: Path) -> None:
+    """Where masks and clean rows say the same, each forward verifies a full draft and brings the next one."""
+    core = core_of(converted_folder(tmp_path))
+    change_logits(core, lambda logits: torch.full_like(logits[:, [50]], 1e4), [50])
+    answer = run(core, [request(core, "a", prompt_of(9), 33, {"draft_length": 4, "row_cost": 0.0})])["a", 0]
+    assert answer.tokens == [50] * 33
+    # The first forward has nothing to verify; then four drafts and the choice behind them.
+    assert answer.forwards == 1 + -(-32 // 5)
+
+
+def test_a_wrong_draft_costs_no_forward(tmp_path: Path) -> None:
+    """Masks say 50, clean rows alternate: the segment behind the right prefix drafts on, so half of the drafts hold."""
+    core = core_of(converted_folder(tmp_path))
+    head = core.runner.decoder.head
+    state = core.runner.state
+
+    def alternating(hidden: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden)
+        logits[:, 50] = 1e4
+        # Clean rows come first: of them, the one before an odd position prefers another id.
+        row = 0
+        for place in range(int(state.final_len[slot]), int(state.start[slot]) + clean):
+            if place >= int(state.start[slot]) - 1:
+                logits[row, 51 if (place + 1) % 3 == 0 else 50] = 2e4
+                row += 1
+        return logits
+
+    core.runner.decoder.head = alternating
+    core.add(request(core, "a", prompt_of(9), 30, {"draft_length": 2, "row_cost": 0.0}))
+    (sequence,) = core.scheduler.waiting
+    tokens: list[int] = []
+    forwards = 0
+    while core.busy:
+        slot = sequence.slot if sequence.slot is not None else 0
+        clean = sequence.targets - 1
+        for output in core.step():
+            tokens += output.token_ids
+        forwards += 1
+    assert tokens == [51 if position % 3 == 0 else 50 for position in range(9, 39)]
+    # A cycle of three positions takes two forwards or fewer once drafts are there; a lost one would make it three.
+    assert forwards <= 1 + 30 * 2 / 3
+
+
+def test_row_cost_leaves_out_what_does_not_pay(tmp_path: Path) -> None:
+    """At a price of a whole token only the best segment runs, and drafts that are not certain do not."""
+    core = core_of(converted_folder(tmp_path))
+    dear = run(core, [request(core, "a", prompt_of(9), 30, {"draft_length": 4, "row_cost": 1.0})])["a", 0]
+    free = run(core, [request(core, "a", prompt_of(9), 30, {"draft_length": 4, "row_cost": 0.0})])["a", 0]
+    assert dear.tokens == free.tokens
+    assert dear.forwards >= free.forwards
+    assert dear.positions / dear.forwards < free.positions / free.forwards / 2
+
+
+def test_final_rows_do_not_feel_the_adapter(tmp_path: Path) -> None:
+    """Its weights may be anything: what is decided by clean rows is the base model's text."""
+    plain = engine("causal")
+    core = core_of(converted_folder(tmp_path))
+    sampling = {"temperature": 0.9, "seed": 3}
+    for strategy in ("autoregressive", "jacobi", "verify"):
+        own = run(core, [request(core, "a", prompt_of(12), 40, {"strategy": strategy}, **sampling)])
+        base = run(plain, [request(plain, "a", prompt_of(12), 40, {"strategy": "autoregressive"}, **sampling)])
+        assert own["a", 0].tokens == base["a", 0].tokens
+    assert core.info.strategies == ("verify", "threshold", "static", "autoregressive", "jacobi")
+
+
+def test_masks_do_feel_it(tmp_path: Path) -> None:
+    gated, bare = (core_of(converted_folder(tmp_path / str(g), gated=g)) for g in (True, False))
+    wide = {"strategy": "static", "denoising_steps": 1}
+    one, other = (run(core, [request(core, "a", prompt_of(12), 40, wide)])["a", 0].tokens for core in (gated, bare))
+    assert one != other
+    # The first token of a block comes from a clean row.
+    assert one[0] == other[0]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"context": "sideways"}, "not valid"),
+        ({"logit_source": "next"}, "not valid"),
+        ({"block_size": -4}, "not valid"),
+        ({"block_size": "four"}, "no number"),
+        ({"mask_token_id": 5000}, "mask id 5000"),
+    ],
+)
+def test_a_strange_linocut_object_is_refused(own: dict[str, Any], message: str) -> None:
+    fields = {"context": "token-causal", "logit_source": "previous", "block_size": 4, "mask_token_id": 16, **own}
+    with pytest.raises(ModelError, match=message):
+        family_from_config({"model_type": "llama", "vocab_size": 320, "linocut": fields})
+
+
+def test_an_adapter_of_another_rank_or_none_is_refused(tmp_path: Path) -> None:
+    folder = converted_folder(tmp_path, adapter={"rank": 8, "gate": "noisy"})
+    with pytest.raises(ModelError, match=r"adapter\.down has shape"):
+        engine("causal", model=str(folder))
+    (folder / "adapter.safetensors").unlink()
+    with pytest.raises(ModelError, match="lacks the tensor"):
+        engine("causal", model=str(folder))
