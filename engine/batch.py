@@ -23,16 +23,25 @@ class LogitRows:
     """Which hidden states become logits, and for which position of which row.
 
     source: [M] int64, index into the flat batch. row: [M] int64, index into the plan's rows; slot: its state slot.
-    column: [M] int64 in the row's window, draft segments behind it; position: [M] int32. valid: [M] bool; the host may
-    reserve too many.
+    offset: [M] int64 in the row's window; position: [M] int32. valid: [M] bool; the host may reserve too many.
     """
 
     source: Tensor
     row: Tensor
     slot: Tensor
-    column: Tensor
+    offset: Tensor
     position: Tensor
     valid: Tensor
+
+    def at(self, part: slice | Tensor) -> LogitRows:
+        return LogitRows(
+            self.source[part],
+            self.row[part],
+            self.slot[part],
+            self.offset[part],
+            self.position[part],
+            self.valid[part],
+        )
 
 
 @dataclass
@@ -189,71 +198,57 @@ def _scratch(rows: list[RowPlan], row_of: Tensor, offset: Tensor, span: Span, st
 def _logit_rows(
     rows: list[RowPlan], slots: Tensor, span: Span, start: Tensor, query_start: Tensor, traits: FamilyTraits
 ) -> LogitRows | None:
-    parts = [_window_rows(rows, span, start, query_start, traits), _draft_rows(rows, span, start, query_start, traits)]
-    found = [part for part in parts if part is not None]
-    if not found:
-        return None
-    source, row, column, position, valid = (torch.cat(columns) for columns in zip(*found, strict=True))
-    return LogitRows(torch.where(valid, source, 0).long(), row, slots[row], column, position, valid)
-
-
-_Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # source, row, column, position, valid
-
-
-def _window_rows(
-    rows: list[RowPlan], span: Span, start: Tensor, query_start: Tensor, traits: FamilyTraits
-) -> _Columns | None:
     counts = np.array([row.targets for row in rows])
-    if not counts.sum():
+    total = int(counts.sum())
+    if not total:
         return None
-    row, nth = _enumerate(counts, start.device)
+    device = slots.device
+    first = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    row = _to(np.repeat(np.arange(len(rows)), counts), device)
+    nth = _to(np.arange(total) - np.repeat(first, counts), device)
     # Targets first, in order: the nth target of a row is the nth entry of this permutation.
     order = torch.sort((~span.targets).to(torch.uint8), dim=1, stable=True).indices
     offset = order[row, nth]
     valid = nth < span.targets.sum(dim=1)[row]
     position = start[row] + offset.int()
-    shift = 1 if traits.logit_source == "previous" else 0
-    if traits.context == "token-causal":
-        # The next token of a frontier comes from the row before it, whatever the source of drafts and blocks.
-        on_frontier = _to(np.array([r.strategy in FRONTIER for r in rows]), start.device)[row]
-        shift = torch.where(on_frontier, 1, shift) if shift == 0 else shift
+    shift: int | Tensor = 1
+    if traits.logit_source == "own":
+        # What follows a frontier comes from the row before it, whatever the source of drafts and blocks.
+        shift = _to(np.array([int(r.strategy in FRONTIER) for r in rows], np.int32), device)[row]
     within = torch.clamp(position - shift - span.run_start[row], min=0)
-    return query_start[row] + within, row, offset, position, valid
+    source = torch.where(valid, query_start[row] + within, 0).long()
+    return LogitRows(source, row, slots[row], offset, position, valid)
 
 
-def _draft_rows(
-    rows: list[RowPlan], span: Span, start: Tensor, query_start: Tensor, traits: FamilyTraits
-) -> _Columns | None:
-    """The masks of draft segments that propose a token behind the next one. Columns lie behind the window's."""
-    lead = 0 if traits.logit_source == "previous" else 1
-    counts = np.array([row.segments * max(row.segment - lead, 0) for row in rows])
-    if span.segments is None or not counts.sum():
-        return None
+def draft_rows(
+    rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Tensor, query_start: Tensor, seen: Tensor, lead: int
+) -> LogitRows:
+    """The masks of the draft segment of each row that sees `seen` drafts, its proposals behind the next token.
+
+    rows: the plan's, of a group; slots, start, query_start, seen: [rows]; segments: [rows, S] (see Span). lead: masks
+    of a segment that propose nothing. Returns rows * M entries for the longest draft M of the group; those of rows
+    whose draft is shorter, or that ran no such segment, are not valid.
+    """
     device = start.device
-    row, nth = _enumerate(counts, device)
-    per_segment = _to(np.array([max(r.segment - lead, 1) for r in rows]), device)[row]
-    index, draft = nth // per_segment, nth % per_segment
-    most = span.segments.shape[1]
-    seen = span.segments[row, index.clamp(max=most - 1)]
-    width = _to(np.array([r.width for r in rows]), device)[row]
-    source = query_start[row] + width + index * (per_segment + lead) + lead + draft
-    position = start[row] + seen + 1 + draft.int()
-    # On a grid of equal segments, so that rows of different draft lengths share it.
-    longest = max(draft_columns(row, traits) for row in rows)
-    column = span.targets.shape[1] + index * longest + draft
-    return source, row, column, position, (seen >= 0) & (index < most)
-
-
-def draft_columns(row: RowPlan, traits: FamilyTraits) -> int:
-    """Tokens that a draft segment of the row proposes."""
-    return max(row.segment - (0 if traits.logit_source == "previous" else 1), 0) if row.segments else 0
-
-
-def _enumerate(counts: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[counts.sum()] int64 each: the row that an entry belongs to, and its number there."""
-    first = np.concatenate([[0], np.cumsum(counts)])[:-1]
-    row = np.repeat(np.arange(len(counts)), counts)
-    return _to(row, device), _to(np.arange(int(counts.sum())) - np.repeat(first, counts), device)
+    length = _to(np.array([max(row.segment, 1) for row in rows]), device)
+    ran = _to(np.array([row.segments for row in rows]), device)
+    width = _to(np.array([row.width for row in rows]), device)
+    longest = max(row.segment for row in rows) - lead
+    index = (segments == seen[:, None]).int().argmax(dim=1)
+    found = (segments == seen[:, None]).any(dim=1) & (index < ran)
+    nth = torch.arange(longest, device=device)
+    valid = found[:, None] & (nth < length[:, None] - lead)
+    source = (query_start + width + index * length)[:, None] + lead + nth
+    position = (start + seen + 1)[:, None] + nth
+    row = torch.arange(len(rows), device=device)[:, None].expand_as(source)
+    return LogitRows(
+        torch.where(valid, source, 0).flatten(),
+        row.flatten(),
+        slots[row].flatten(),
+        nth.expand_as(source).flatten(),
+        position.int().flatten(),
+        valid.flatten(),
+    )
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import ForwardBatch, build_batch, cap_span, concat_spans, draft_columns
+from .batch import ForwardBatch, build_batch, cap_span, concat_spans, draft_rows
 from .decoding.advance import advance, guard, row_view
 from .decoding.parameters import FRONTIER
 from .decoding.registry import strategies
 from .decoding.view import Decision, RowView, Span, WindowStatistics
+from .drafting import Drafter
 from .family import FamilyTraits
 from .graphs import ForwardGraphs
 from .models.decoder import Decoder, KVCache
@@ -32,6 +33,17 @@ class Group:
     first: int
     last: int
     window: int
+
+
+@dataclass
+class Forward:
+    """What a step's forward leaves for its groups. hidden: [tokens, hidden]; query_start: [rows + 1]."""
+
+    rows: list[RowPlan]
+    hidden: Tensor
+    query_start: Tensor
+    flags: SamplingFlags
+    row_cost: float
 
 
 class ModelRunner:
@@ -58,6 +70,7 @@ class ModelRunner:
         self.stop_at_block_end = reference and traits.logit_source == "own"
         banned = (*traits.banned_ids, *(() if traits.mask_id is None else (traits.mask_id,)))
         self.sampler = Sampler(banned, reference, decoder.backend, state.device)
+        self.drafter = Drafter(decoder, self.sampler)
         self._flags: dict[int, SamplingFlags] = {}
         self._windows: dict[int, int] = {}
 
@@ -79,21 +92,21 @@ class ModelRunner:
         batch = build_batch(state, plan.rows, slots, span, start, traits, self.cache.page_size)
         hidden = self._forward(batch)
         width = span.targets.shape[1]
+        flags = SamplingFlags(False, False, False, False)
+        for row in plan.rows:
+            flags |= self._flags[row.slot]
         if batch.logits is not None:
-            flags = SamplingFlags(False, False, False, False)
-            for row in plan.rows:
-                flags |= self._flags[row.slot]
             token, confidence = self.sampler.propose(
                 state, hidden, batch.logits, span.seeding, self.decoder.logits, flags
             )
-            longest = max(draft_columns(row, traits) for row in plan.rows)
-            statistics = to_window(batch.logits, token, confidence, len(plan.rows), width, span.segments, longest)
+            statistics = to_window(batch.logits, token, confidence, len(plan.rows), width)
         else:
             statistics = _no_statistics(len(plan.rows), width, state.device)
+        forward = Forward(plan.rows, hidden, batch.layout.query_start, flags, row_cost)
 
         packed = [
             self._advance(
-                group, view, _rows(span, group), whole[group.first : group.last], _cut(statistics, group), row_cost
+                group, view, _rows(span, group), whole[group.first : group.last], _cut(statistics, group), forward
             )
             for group, view in zip(groups, views, strict=True)
         ]
@@ -120,7 +133,7 @@ class ModelRunner:
         span: Span,
         whole: Tensor,
         statistics: WindowStatistics,
-        row_cost: float,
+        forward: Forward,
     ) -> Tensor:
         """Decide and advance one group; returns its packed report, [rows, 9 + 2 W] int32."""
         strategy = self.strategies[group.strategy]
@@ -131,7 +144,9 @@ class ModelRunner:
             statistics.confidence[:, :1].masked_fill_(first, torch.inf)
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
         outcome = advance(self.state, view, span, whole, decision, self.traits, frontier, self.stop_at_block_end)
-        after = self._view(view.slots, group.window, row_cost)
+        if decision.accepted is not None and span.segments is not None:
+            self._draft(group, view, span.segments, decision, decision.accepted, whole, forward)
+        after = self._view(view.slots, group.window, forward.row_cost)
         coming = strategy.plan(after, self.traits)
         columns = [
             after.start,
@@ -143,6 +158,26 @@ class ModelRunner:
             torch.zeros_like(after.start) if coming.segments is None else (coming.segments >= 0).sum(dim=1),
         ]
         return torch.cat([torch.stack([c.int() for c in columns], dim=1), outcome], dim=1)
+
+    def _draft(
+        self,
+        group: Group,
+        view: RowView,
+        segments: Tensor,
+        decision: Decision,
+        accepted: Tensor,
+        whole: Tensor,
+        forward: Forward,
+    ) -> None:
+        plan = forward.rows[group.first : group.last]
+        if not any(row.segments for row in plan):
+            self.state.drafts[view.slots] = torch.where(whole, 0, view.drafts)
+            return
+        lead = 0 if self.traits.logit_source == "previous" else 1
+        first = forward.query_start[group.first : group.last]
+        rows = draft_rows(plan, view.slots, segments, view.start, first, accepted, lead)
+        last = decision.tokens.gather(1, accepted[:, None])[:, 0]
+        self.drafter.draft(self.state, forward.hidden, rows, forward.flags, view.slots, last, whole)
 
     def _admit(self, plan: StepPlan) -> None:
         admit_rows(self.state, plan.admissions, self.traits.stop_ids, self.traits.mask_id)
@@ -213,16 +248,8 @@ def _rows(span: Span, group: Group) -> Span:
 
 
 def _cut(statistics: WindowStatistics, group: Group) -> WindowStatistics:
-    rows = slice(group.first, group.last)
-    at = (rows, slice(0, group.window))
-    draft = statistics.draft
-    return WindowStatistics(
-        statistics.candidates[at],
-        statistics.token[at],
-        statistics.confidence[at],
-        None if draft is None else WindowStatistics(draft.candidates[rows], draft.token[rows], draft.confidence[rows]),
-        None if statistics.segments is None else statistics.segments[rows],
-    )
+    at = (slice(group.first, group.last), slice(0, group.window))
+    return WindowStatistics(statistics.candidates[at], statistics.token[at], statistics.confidence[at])
 
 
 def _no_statistics(rows: int, window: int, device: torch.device) -> WindowStatistics:

@@ -50,27 +50,32 @@ class Sampler:
         state: RowState,
         hidden: Tensor,
         rows: LogitRows,
-        seeding: Tensor,
+        seeding: Tensor | None,
         to_logits: Callable[[Tensor], Tensor],
         flags: SamplingFlags,
     ) -> tuple[Tensor, Tensor]:
         """Token (int64) and confidence (float32) of every logits row, both [M].
 
-        hidden: [tokens, hidden size]. seeding: [rows] bool. Noise is keyed by (seed, choice, position, block step).
+        hidden: [tokens, hidden size]. seeding: [rows] bool, or None. Noise is keyed by (seed, choice, position,
+        block step).
         """
-        sampling = self._sampling_rows(state, rows, seeding, flags) if flags.sampled or flags.filtered else None
-        after = state.parameters["confidence"][rows.slot] if flags.filtered_confidence else None
         tokens, confidences = [], []
         for at in range(0, rows.source.shape[0], CHUNK):
-            part = slice(at, at + CHUNK)
-            logits = to_logits(hidden[rows.source[part]])
-            self._ban(state, logits, rows.slot[part], rows.position[part], flags)
-            some = _slice(sampling, part) if sampling else None
-            filtered = after[part] if after is not None else None
-            result = self._reduce(logits, some, filtered)
-            tokens.append(result.token)
-            confidences.append(result.confidence)
+            part = rows.at(slice(at, at + CHUNK))
+            token, confidence = self.choose(state, to_logits(hidden[part.source]), part, seeding, flags)
+            tokens.append(token)
+            confidences.append(confidence)
         return torch.cat(tokens), torch.cat(confidences)
+
+    def choose(
+        self, state: RowState, logits: Tensor, rows: LogitRows, seeding: Tensor | None, flags: SamplingFlags
+    ) -> tuple[Tensor, Tensor]:
+        """Token and confidence of `rows` from their logits ([M, vocab], changed in place), both [M]."""
+        sampling = self._sampling_rows(state, rows, seeding, flags) if flags.sampled or flags.filtered else None
+        after = state.parameters["confidence"][rows.slot] if flags.filtered_confidence else None
+        self._ban(state, logits, rows.slot, rows.position, flags)
+        result = self._reduce(logits, sampling, after)
+        return result.token, result.confidence
 
     def _reduce(self, logits: Tensor, sampling: SamplingRows | None, filtered: Tensor | None) -> VocabStatistics:
         if self._reference:
@@ -88,10 +93,12 @@ class Sampler:
             # amin, not a plain scatter: padding entries share id 0 with a real one.
             logits.scatter_reduce_(1, ids.clamp(min=0), floor, "amin")
 
-    def _sampling_rows(self, state: RowState, rows: LogitRows, seeding: Tensor, flags: SamplingFlags) -> SamplingRows:
+    def _sampling_rows(
+        self, state: RowState, rows: LogitRows, seeding: Tensor | None, flags: SamplingFlags
+    ) -> SamplingRows:
         slot = rows.slot
         temperature = state.temperature[slot]
-        if self._reference:
+        if self._reference and seeding is not None:
             # The reference code takes the token that opens a block greedily, whatever the temperature.
             temperature = torch.where(seeding[rows.row], 0.0, temperature)
         return SamplingRows(
@@ -108,43 +115,15 @@ class Sampler:
         )
 
 
-def _slice(rows: SamplingRows, part: slice) -> SamplingRows:
-    return SamplingRows(
-        rows.temperature[part],
-        rows.top_k[part],
-        rows.top_p[part],
-        rows.min_p[part],
-        rows.seed[part],
-        rows.choice[part],
-        rows.position[part],
-        rows.step[part],
-        filtered=rows.filtered,
-        sampled=rows.sampled,
-    )
-
-
-def to_window(
-    rows: LogitRows, token: Tensor, confidence: Tensor, count: int, window: int, segments: Tensor | None, longest: int
-) -> WindowStatistics:
-    """Scatter [M] results to the grid of `count` rows: [count, window], and [count, S, longest] of draft segments.
-
-    segments: [count, S] (see Span) or None. What the host reserved in vain goes to a column that is cut off here.
-    """
+def to_window(rows: LogitRows, token: Tensor, confidence: Tensor, count: int, window: int) -> WindowStatistics:
+    """Scatter [M] results to the [count, window] grid; what the host reserved in vain goes to a column cut off here."""
     device = token.device
-    most = segments.shape[1] if segments is not None and longest else 0
-    columns = window + most * longest
-    column = torch.where(rows.valid, rows.column, columns)
+    column = torch.where(rows.valid, rows.offset, window)
     # Scattered, not assigned: writing a Python scalar through tensor indices would wait for the device.
-    at = rows.row * (columns + 1) + column
-    size = count * (columns + 1)
-    grid = (count, columns + 1)
-    ids = torch.zeros(size, dtype=torch.int64, device=device).scatter_(0, at, token).view(grid)
-    scores = torch.full((size,), -torch.inf, device=device).scatter_(0, at, confidence).view(grid)
-    asked = torch.zeros(size, dtype=torch.bool, device=device).scatter_(0, at, rows.valid).view(grid)
-    draft = None
-    if most:
-        shape = (count, most, longest)
-        draft = WindowStatistics(*(x[:, window:columns].reshape(shape) for x in (asked, ids, scores)))
-    return WindowStatistics(
-        asked[:, :window], ids[:, :window], scores[:, :window], draft, segments if draft is not None else None
-    )
+    at = rows.row * (window + 1) + column
+    size = count * (window + 1)
+    ids = torch.zeros(size, dtype=torch.int64, device=device).scatter_(0, at, token)
+    scores = torch.full((size,), -torch.inf, device=device).scatter_(0, at, confidence)
+    asked = torch.zeros(size, dtype=torch.bool, device=device).scatter_(0, at, rows.valid)
+    grid = (count, window + 1)
+    return WindowStatistics(asked.view(grid)[:, :window], ids.view(grid)[:, :window], scores.view(grid)[:, :window])

@@ -91,8 +91,6 @@ def advance(
     state.tokens[rows, places] = tokens
     state.decided[rows, places] = decided
     done = torch.minimum(span.run_end, span.clean_end)
-    if decision.drafts is not None:
-        _place_drafts(state, view, leading, decision, decision.drafts, whole)
     if frontier:
         start = view.start + torch.where(whole, leading, 0).int()
         # The last token is fed again: its row predicts the next position.
@@ -107,20 +105,14 @@ def advance(
         state.fresh[view.slots] = (view.fresh | ran_block) & ~moved
     state.start[view.slots] = start.int()
     state.final_len[view.slots] = final_len.int()
+    if decision.drafts is not None:
+        place_drafts(state, view.slots, decision.drafts, whole)
     return torch.cat([finish[:, None], prefix[:, None], tokens, decided.int()], dim=1)
 
 
-def _place_drafts(
-    state: RowState, view: RowView, leading: Tensor, decision: Decision, drafts: Tensor, whole: Tensor
-) -> None:
-    """Put `drafts` behind the row's new start; rows that ran a chunk keep what stands there."""
-    start = view.start + torch.where(whole, leading, 0).int()
-    places = start[:, None].long() + torch.arange(drafts.shape[1], device=start.device)
-    rows = view.slots[:, None]
+def place_drafts(state: RowState, slots: Tensor, drafts: Tensor, whole: Tensor) -> None:
+    """Put `drafts` ([rows, W]) behind the rows' starts; rows that ran a chunk keep what stands there."""
+    places = state.start[slots, None].long() + torch.arange(drafts.shape[1], device=drafts.device)
+    rows = slots[:, None]
     kept = state.tokens[rows, places]
     state.tokens[rows, places] = torch.where(whole[:, None], drafts.to(kept.dtype), kept)
-    if decision.draft_count is not None and decision.draft_confidence is not None:
-        state.drafts[view.slots] = torch.where(whole, decision.draft_count, view.drafts)
-        state.draft_confidence[view.slots] = torch.where(
-            whole[:, None], decision.draft_confidence, view.draft_confidence
-        )

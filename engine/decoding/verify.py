@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..family import FamilyTraits
 from .parameters import MAX_DRAFT
@@ -68,9 +67,7 @@ class Verify:
         drafted = offsets < asked.sum(dim=1, keepdim=True) - 1
         agrees = (view.tokens == choice) & asked & drafted
         accepted = agrees.int().cumprod(dim=1).sum(dim=1, keepdim=True)
-        tokens, confidence, count = _drafts_behind(view, statistics, accepted, traits)
-        drafts = torch.where(offsets < count[:, None], pad(tokens, (0, window - tokens.shape[1])), choice)
-        return Decision((offsets <= accepted) & asked, choice, drafts, count, confidence)
+        return Decision((offsets <= accepted) & asked, choice, accepted=accepted[:, 0])
 
 
 def _prospects(view: RowView, window: int) -> tuple[Tensor, Tensor]:
@@ -80,22 +77,3 @@ def _prospects(view: RowView, window: int) -> tuple[Tensor, Tensor]:
     reach = torch.cat([torch.ones_like(confidence[:, :1]), confidence.cumprod(dim=1)], dim=1)
     beyond = torch.cat([reach[:, 1:], torch.zeros_like(reach[:, :1])], dim=1)
     return reach, reach - beyond
-
-
-def _drafts_behind(
-    view: RowView, statistics: WindowStatistics, accepted: Tensor, traits: FamilyTraits
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The drafts of the segment behind `accepted` ([rows, 1]) drafts: ids [rows, M], confidence [rows, MAX_DRAFT],
-    how many [rows] int32 (0 where no such segment ran)."""
-    draft = statistics.draft
-    rows = accepted.shape[0]
-    if draft is None or statistics.segments is None:
-        nothing = torch.zeros((rows, 1), dtype=torch.int64, device=accepted.device)
-        return nothing, torch.zeros_like(view.draft_confidence), torch.zeros_like(view.drafts)
-    right = statistics.segments == accepted  # [rows, S]
-    pick = right.int().argmax(dim=1)[:, None, None].expand(-1, 1, draft.token.shape[2])
-    asked = draft.candidates.gather(1, pick)[:, 0] & right.any(dim=1, keepdim=True)  # [rows, M]
-    tokens = draft.token.gather(1, pick)[:, 0]
-    confidence = torch.where(asked, draft.confidence.gather(1, pick)[:, 0], 0.0)
-    confidence = pad(confidence, (0, view.draft_confidence.shape[1] - confidence.shape[1]))
-    return tokens, confidence, asked.sum(dim=1, dtype=torch.int32)

@@ -55,15 +55,12 @@ class Span:
 class WindowStatistics:
     """Statistics on the window grid. candidates: [rows, W] bool, where the others mean anything.
 
-    token: [rows, W] int64, proposed id. confidence: [rows, W] float32, -inf elsewhere. draft: the same of the draft
-    `segments` (see Span), each [rows, S, M]; both are None where no strategy of the step has any.
+    token: [rows, W] int64, proposed id. confidence: [rows, W] float32, -inf elsewhere.
     """
 
     candidates: Tensor
     token: Tensor
     confidence: Tensor
-    draft: WindowStatistics | None = None
-    segments: Tensor | None = None
 
 
 @dataclass
@@ -71,11 +68,10 @@ class Decision:
     """commit: [rows, W] bool, positions decided now; tokens: [rows, W] their ids.
 
     drafts: [rows, W] ids to stand at undecided positions, counted from the new `start`; None keeps what is there.
-    draft_count: [rows] int32, draft_confidence: [rows, MAX_DRAFT]: of drafts that masks made.
+    accepted: [rows] int64, how many of the drafts that masks made were right; None where masks make none.
     """
 
     commit: Tensor
     tokens: Tensor
     drafts: Tensor | None = None
-    draft_count: Tensor | None = None
-    draft_confidence: Tensor | None = None
+    accepted: Tensor | None = None

@@ -17,6 +17,7 @@ from linocut.kernels.rope import rope_and_cache_write, rope_table
 from ..errors import ModelError
 from .adapter import MASK_EMBEDDING, Adapter, Gate, Weights, read_adapter
 from .backbone import Backbone
+from .draft_head import read_draft_head
 from .linear import pack_linear
 
 Linear = Callable[[Tensor], Tensor]
@@ -85,6 +86,7 @@ class Decoder:
         backend: Backend,
         adapter_rank: int = 0,
         mask_id: int | None = None,
+        draft_head: bool = False,
     ) -> None:
         self.backbone, self.fused_norm, self.backend = backbone, fused_norm, backend
         self.dtype, self.device = dtype, device
@@ -105,6 +107,7 @@ class Decoder:
         head = self.embedding if tied else weights.get("lm_head.weight", (b.vocab, b.hidden))
         # The head stays exact also under int8: its argmax is the product.
         self.head = pack_linear(head, None, "none")
+        self.draft_head = read_draft_head(weights, b.hidden, self.embedding, head) if draft_head else None
         if adapter_rank and mask_id is not None:
             # Where the head is tied, its row of the mask changes too: the mask is never chosen.
             self.embedding[mask_id] = weights.get(MASK_EMBEDDING, (b.hidden,))
@@ -187,8 +190,11 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] before the final norm -> [rows, vocab] in the model's dtype."""
-        normed = rms_norm(hidden, self.norm, self.backbone.norm_eps, self.fused_norm, backend=self.backend)
-        return self.head(normed)
+        return self.head(self.normed(hidden))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm: [rows, hidden] -> [rows, hidden]."""
+        return rms_norm(hidden, self.norm, self.backbone.norm_eps, self.fused_norm, backend=self.backend)
 
 
 def _adapted(y: Tensor, x: Tensor, adapter: Adapter | None, gate: Gate | None) -> Tensor:

@@ -69,7 +69,9 @@ def test_the_text_is_the_autoregressive_one(folder: Path, expected: dict[tuple[s
     assert sum(len(a.tokens) for a in found.values()) > 1.02 * sum(a.forwards for a in found.values())
 
 
-@pytest.mark.parametrize("tight", [{"budget": 256 + 8}, {"pages": 17}, {"pages": 12, "max_running": 5, "max_model_len": 128}], ids=str)
+@pytest.mark.parametrize(
+    "tight", [{"budget": 256 + 8}, {"pages": 17}, {"pages": 12, "max_running": 5, "max_model_len": 128}], ids=str
+)
 def test_neither_a_small_budget_nor_few_pages_change_it(
     folder: Path, expected: dict[tuple[str, int], Any], tight: dict[str, Any]
 ) -> None:
@@ -112,28 +114,24 @@ def test_certain_drafts_cost_one_forward_a_whole_draft(tmp_path: Path) -> None:
 def test_a_wrong_draft_costs_no_forward(tmp_path: Path) -> None:
     """Masks say 50, clean rows alternate: the segment behind the right prefix drafts on, so half of the drafts hold."""
     core = core_of(converted_folder(tmp_path))
-    head = core.runner.decoder.head
-    state = core.runner.state
+    head, state = core.runner.decoder.head, core.runner.state
+    calls: list[int] = []
 
     def alternating(hidden: torch.Tensor) -> torch.Tensor:
         logits = head(hidden)
         logits[:, 50] = 1e4
-        # Clean rows come first: of them, the one before an odd position prefers another id.
-        row = 0
-        for place in range(int(state.final_len[slot]), int(state.start[slot]) + clean):
-            if place >= int(state.start[slot]) - 1:
-                logits[row, 51 if (place + 1) % 3 == 0 else 50] = 2e4
-                row += 1
+        # A step's clean rows come first, its masks in a second call.
+        for row in range(hidden.shape[0] if not calls else 0):
+            logits[row, 51 if (int(state.start[0]) + row) % 3 == 0 else 50] = 2e4
+        calls.append(hidden.shape[0])
         return logits
 
     core.runner.decoder.head = alternating
     core.add(request(core, "a", prompt_of(9), 30, {"draft_length": 2, "row_cost": 0.0}))
-    (sequence,) = core.scheduler.waiting
     tokens: list[int] = []
     forwards = 0
     while core.busy:
-        slot = sequence.slot if sequence.slot is not None else 0
-        clean = sequence.targets - 1
+        calls.clear()
         for output in core.step():
             tokens += output.token_ids
         forwards += 1

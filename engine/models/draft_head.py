@@ -1,0 +1,35 @@
+"""The draft head: ranks a mask's proposals anew once the token before them is known.
+
+Masks propose all drafts of a segment at once and independently. The head, a small network over a mask's hidden state
+and the token before its target, couples them (cf. the sampler head of arXiv 2507.11851, section 3.3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear, silu
+
+from .adapter import Weights
+
+
+class DraftHead:
+    """u = h + output · silu(input · [h ; e]), e the embedding of the token before, at unit RMS; scores are E · u."""
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, words: Tensor, head: Tensor) -> None:
+        """inputs: [hidden, 2 * hidden], outputs: [hidden, hidden]; words, head: the embedding and the vocabulary head,
+        [vocab, hidden]."""
+        self._inputs, self._outputs, self._words, self._head = inputs, outputs, words, head
+
+    def scores(self, hidden: Tensor, last: Tensor, candidates: Tensor) -> Tensor:
+        """hidden: [rows, hidden], final-normed; last: [rows] ids; candidates: [rows, K] ids. Returns [rows, K]."""
+        before = embedding(last, self._words).float()
+        before = before * torch.rsqrt(before.square().mean(-1, keepdim=True).clamp_min(1e-12))
+        refined = linear(silu(linear(torch.cat([hidden, before.to(hidden.dtype)], 1), self._inputs)), self._outputs)
+        return torch.einsum("rd,rkd->rk", hidden + refined, self._head[candidates])
+
+
+def read_draft_head(weights: Weights, hidden: int, words: Tensor, head: Tensor) -> DraftHead:
+    """Raises ModelError if a tensor is missing."""
+    inputs = weights.get("draft_head.input", (hidden, 2 * hidden))
+    return DraftHead(inputs, weights.get("draft_head.output", (hidden, hidden)), words, head)
