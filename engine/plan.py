@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from .params import DecodingParams, SamplingParams
 
 
@@ -33,8 +35,8 @@ class PageGrant:
     pages: list[int]
 
 
-@dataclass(frozen=True)
-class RowPlan:
+# Structs: made for every row of every step, and dataclasses take several times as long.
+class RowPlan(msgspec.Struct, frozen=True, gc=False):
     """One row of a forward.
 
     width: the most positions it may run, from its run start. Less than its whole step makes it a prefill chunk (or a
@@ -66,8 +68,7 @@ class StepPlan:
     rows: list[RowPlan] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class RowReport:
+class RowReport(msgspec.Struct, frozen=True, gc=False):
     """What a step did to one row.
 
     window, decided: ids and flags of the active block as decided, from the `start` that the step began with.

@@ -93,8 +93,8 @@ class ModelRunner:
         hidden = self._forward(batch)
         width = span.targets.shape[1]
         flags = SamplingFlags(False, False, False, False)
-        for row in plan.rows:
-            flags |= self._flags[row.slot]
+        for some in {self._flags[row.slot] for row in plan.rows}:
+            flags |= some
         if batch.logits is not None:
             token, confidence = self.sampler.propose(
                 state, hidden, batch.logits, span.seeding, self.decoder.logits, flags

@@ -187,8 +187,8 @@ def _generate(model: str, out: Path, prompts: list[str] | None, options: dict[st
     from dataclasses import asdict
 
     from linocut.engine.models.source import resolve_model
-    from linocut.training.generate import GenerateSettings
     from linocut.training.generate import generate as stage
+    from linocut.training.generate_settings import GenerateSettings
 
     fixed = {"model": resolve_model(model), "out": out, "prompts": prompt_files(prompts)}
     fixed["exclude"] = tuple(Path(path) for path in options.pop("exclude", []))
@@ -242,11 +242,16 @@ def _adapted(work: Path, out: Path) -> bool:
 
 
 def _polish(model: Path, original: str, out: Path, prompts: list[str] | None, options: dict[str, Any]) -> None:
-    try:
-        from linocut.training import polish as module
-    except ImportError:
-        raise ConfigError("this version has no polish stage") from None
+    from importlib import import_module
+
     from linocut.engine.models.source import resolve_model
+
+    try:
+        module = import_module("linocut.training.polish")
+    except ModuleNotFoundError as error:
+        if error.name != "linocut.training.polish":
+            raise
+        raise ConfigError("this version has no polish stage") from None
 
     files = [str(file.path) for file in prompt_files(prompts)]
     fixed = {"model": str(model), "base": str(resolve_model(original)), "prompts": files, "output": str(out)}

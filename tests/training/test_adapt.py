@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import MASK, make_documents, make_settings, save_documents, save_model
+from tiny_training import make_documents, make_settings, save_documents, save_model
 from torch import Tensor
 
 from linocut.engine.errors import ConfigError
 from linocut.training.adapt import adapt
 from linocut.training.documents import Documents
+from linocut.training.schedule import learning_rate_share
 from linocut.training.segments import Noise
-from linocut.training.settings import AdaptSettings, load_settings, settings_from_dict
-from linocut.training.trainer import Trainer, learning_rate_share
+from linocut.training.settings import load_settings, settings_from_dict
+from linocut.training.trainer import Trainer
 
 LENGTHS, PROMPTS = [30, 17, 40, 9, 22, 50, 12, 60] * 4, [10, 3, 20, 4, 2, 30, 5, 12] * 4
 
@@ -58,7 +60,6 @@ def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(folder: 
     trainer.update = die_at_third  # type: ignore[method-assign]
     with pytest.raises(Killed):
         trainer.run()
-    assert not (folder / "converted" / "README.md").exists() or mode
     adapt(make_settings(folder, run=str(folder / "parts"), **changes))
     torch.testing.assert_close(masters(folder, "parts"), masters(folder, "whole"), atol=0, rtol=0)
 
@@ -145,8 +146,6 @@ trainer.processes.close()
 def test_two_processes_give_the_gradient_of_one_with_both_batches(folder: Path) -> None:
     make_settings(folder).save(folder / "settings.json")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         environment["MASTER_PORT"] = str(probe.getsockname()[1])
@@ -183,5 +182,3 @@ def test_a_tiny_conversion_learns_to_draft(tmp_path: Path) -> None:
     assert min(last["draft_accuracy"]) > 0.5
     assert last["accepted"] > first["accepted"] + 1.5
     assert last["draft_ce"] < 0.5 * first["draft_ce"]
-    assert isinstance(settings, AdaptSettings)
-    assert MASK not in counting_documents(1).tokens

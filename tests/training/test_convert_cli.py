@@ -18,7 +18,7 @@ from linocut.server.cli import app
 from linocut.server.convert_options import options_from, split_stages
 from linocut.training import adapt, evaluate
 from linocut.training.answers import read_answers
-from linocut.training.generate import GenerateSettings
+from linocut.training.generate_settings import GenerateSettings
 from linocut.training.settings import AdaptSettings
 
 SMALL = [

@@ -147,6 +147,16 @@ def test_more_prompts_are_scored_than_the_table_has(evaluated: tuple[dict[str, A
     assert all(row["count"] == 8 for row in result["rows"])
 
 
+def test_the_table_keeps_its_prompts_when_more_are_scored(
+    evaluated: tuple[dict[str, Any], Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"out": tmp_path, "max_tokens": 12, "limit": 4, "report": lambda _: None, **CPU}
+    fewer = evaluate(folders["original"], folders["original"], [folders["mawps"]], settings=[], **options)
+    assert fewer["prompts"]["mawps"]["ids"] == evaluated[0]["prompts"]["mawps"]["ids"]
+    wanted = row(evaluated[0], ORIGINAL.label)["files"]["mawps"]
+    assert row(fewer, ORIGINAL.label)["nll"] == pytest.approx(wanted["nll"], abs=1e-5)
+
+
 def test_everything_is_written_and_can_be_read_again(evaluated: tuple[dict[str, Any], Path]) -> None:
     result, out = evaluated
     assert json.loads((out / "evaluation.json").read_text()) == result
@@ -154,6 +164,7 @@ def test_everything_is_written_and_can_be_read_again(evaluated: tuple[dict[str, 
     assert table == markdown(result)
     assert table.count("\n| ") == len(result["rows"])
     assert "mawps (7)" in table.splitlines()[0]
+    assert (out / "speed_quality.svg").is_file()
 
 
 def test_a_stopped_run_goes_on_from_its_answers(
@@ -274,8 +285,8 @@ def test_training_is_drawn_from_a_log_that_was_cut_off(tmp_path: Path) -> None:
     assert series(read_log(log), "held-out")["denoise_accuracy 1"] == ([0.5], [0.6])
     plot_training(log, tmp_path / "plots" / "training.svg")
     text = (tmp_path / "plots" / "training.svg").read_text()
-    assert "draft accuracy" in text
-    assert "denoise accuracy, held-out" in text
+    assert "draft accuracy by offset" in text
+    assert "denoise accuracy by offset, held-out" in text
     assert len(text) < 80_000
     plot_training(log, tmp_path / "training.png")
     log.write_text('{"step": 1}\n')

@@ -15,7 +15,8 @@ from tiny_checkpoint import END, write_tiny_checkpoint
 from linocut.engine import LLM
 from linocut.engine.errors import ConfigError, ModelError
 from linocut.training.answers import Answer, read_answers, scan_answers, shard_path, shard_paths, write_shard
-from linocut.training.generate import GenerateSettings, generate, read_summary
+from linocut.training.generate import generate, read_summary
+from linocut.training.generate_settings import GenerateSettings
 from linocut.training.prompts import PromptFile
 
 ENGINE = {"device": "cpu", "dtype": "float32", "threads": 1, "kv_memory": 8 << 20}

@@ -18,7 +18,10 @@ END = 2
 def write_tiny_checkpoint(
     folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0, repeats: bool = False
 ) -> Path:
-    """`repeats`: a model that says its last token again, for ever. Float32; 261 ids, of which END ends a turn. Weights are large, so that greedy text varies."""
+    """Float32; 261 ids, of which END ends a turn. Weights are large, so that greedy text varies.
+
+    repeats: a model that says its last token again, for ever.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
