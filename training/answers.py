@@ -7,6 +7,7 @@ answers, and `skipped` int64 [S], prompts whose answers were not worth keeping: 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,21 @@ def read_answers(folder: Path, max_tokens: int | None = None) -> Answers:
         np.concatenate([part.lengths for part in parts]).astype(np.int32, copy=False),
         np.concatenate([part.prompt_lengths for part in parts]).astype(np.int32, copy=False),
     )
+
+
+def prompts_again(folders: Sequence[Path], limit: int | None, seed: int) -> dict[int, list[int]]:
+    """The prompts of folders of answers as they stand in tokens, by a key (63 bits) of the tokens alone.
+
+    No prompt occurs twice; `limit` of them are drawn by `seed`, in a random order. Raises ConfigError.
+    """
+    found: dict[int, list[int]] = {}
+    for folder in folders:
+        for ids, length in read_answers(folder):
+            prompt = np.ascontiguousarray(ids[:length])
+            digest = hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()
+            found.setdefault(int.from_bytes(digest, "big") >> 1, prompt.tolist())
+    order = np.random.default_rng(seed).permutation(np.array(sorted(found), dtype=np.int64))[:limit]
+    return {key: found[key] for key in order.tolist()}
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 
 from linocut.engine.errors import ConfigError, ModelError
 
-from .answers import Done, next_shard_number, scan_answers
+from .answers import Done, next_shard_number, prompts_again, scan_answers
 from .generate_log import GenerateLog
 from .generate_messages import Job, WorkerReport, WorkerTask, answer_temperature
 from .generate_processes import GRACE, workers
@@ -146,11 +146,14 @@ class _Run:
             for p in prompts
             if p.key not in known
         ]
+        again = prompts_again(settings.prompts_of, settings.limit, settings.seed)
+        jobs += [Job(k, None, answer_temperature(k, mixing), ids) for k, ids in again.items() if k not in known]
         own = [_self_key(settings.seed, index) for index in range(settings.self_prompts)]
         jobs += [Job(key, None, 1.0) for key in own if key not in known]
-        if own and prompts:
+        if bool(own) + bool(prompts) + bool(again) > 1:
             jobs.sort(key=lambda job: fraction(job.key, f"order/{settings.seed}"))
-        self.log.event("prompts", todo=len(jobs), answered=len(prompts) + len(own) - len(jobs), **asdict(counts))
+        answered = len(prompts) + len(again) + len(own) - len(jobs)
+        self.log.event("prompts", todo=len(jobs), answered=answered, **asdict(counts))
         return jobs
 
     def _listen(self, timeout: float) -> None:
@@ -240,6 +243,7 @@ def _tasks(settings: GenerateSettings, model: str) -> list[WorkerTask]:
             seed=settings.seed,
             exclude=settings.exclude,
             own_process=not single,
+            diffusion=dict(settings.diffusion),
         )
         for index, place in enumerate(places)
     ]

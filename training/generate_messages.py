@@ -11,11 +11,19 @@ from .prompts import Message, fraction
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt and how to answer it. Without messages the model writes the user's turn itself (Magpie, 2406.08464)."""
+    """A prompt (messages, or the ids they were rendered to) and how to answer it.
+
+    With neither, the model writes the user's turn itself (Magpie, 2406.08464).
+    """
 
     key: int
     messages: list[Message] | None
     temperature: float
+    ids: list[int] | None = None
+
+    @property
+    def asks_itself(self) -> bool:
+        return self.messages is None and self.ids is None
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class WorkerTask:
     """What a worker needs to know; crosses to its process by pickle.
 
     visible_device: for CUDA_VISIBLE_DEVICES, or None to leave it. share: this worker's part of the device's memory.
-    first_shard, stride: it writes the shards first_shard, first_shard + stride, ...
+    first_shard, stride: it writes the shards first_shard, first_shard + stride, ... diffusion: strategy and parameters.
     """
 
     index: int
@@ -42,6 +50,7 @@ class WorkerTask:
     seed: int
     exclude: tuple[Path, ...]
     own_process: bool
+    diffusion: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ class GenerateSettings:
     the others are greedy. truncated_share: at most this part of the answers may end at max_tokens.
     max_seconds: from the start, loading included; answers begun by then are kept as truncated ones. answer_tokens: stop
     when the folder holds as many. devices, processes: GPUs, and engine processes on each (default: all, and six).
+    prompts_of: folders of answers whose prompts are put again, `limit` of them, drawn by `seed`. diffusion: strategy
+    and parameters, as in a request (default: autoregressive).
     """
 
     model: Path
@@ -42,6 +44,8 @@ class GenerateSettings:
     max_running: int | None = None
     engine: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
+    prompts_of: tuple[Path, ...] = ()
+    diffusion: dict[str, Any] = field(default_factory=lambda: {"strategy": "autoregressive"})
 
     def __post_init__(self) -> None:
         def require(ok: bool, what: str) -> None:
@@ -49,7 +53,8 @@ class GenerateSettings:
                 raise ConfigError(what)
 
         require(
-            bool(self.prompts) or self.self_prompts > 0, "there are no prompts: name files, or ask for self-prompts"
+            bool(self.prompts or self.prompts_of) or self.self_prompts > 0,
+            "there are no prompts: name files, or ask for self-prompts",
         )
         require(self.self_prompts >= 0, "self_prompts must not be negative")
         require(self.max_tokens >= 1 and self.prompt_limit >= 1, "max_tokens and prompt_limit must be at least 1")

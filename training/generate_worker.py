@@ -83,7 +83,7 @@ class Worker:
         self.tokenizer = llm.tokenizer
         if not self.tokenizer.chat_template:
             raise ModelError(f"{task.model} has no chat template: prompts cannot be put to it")
-        self._decoding = resolve(self.core.info, {"strategy": "autoregressive"})
+        self._decoding = resolve(self.core.info, task.diffusion)
         self._places = self.core.info.max_running
         self._prompt_limit = self.core.info.max_model_len - task.max_tokens
         # Admissions copy some thirty small tensors to the device and make one eager forward of many positions:
@@ -145,8 +145,11 @@ class Worker:
         """Render and tokenise a batch of jobs."""
         rendered: list[tuple[Job, str]] = []
         for job in jobs:
-            if job.messages is None:
+            if job.asks_itself:
                 self._ready.append(_Running(job, self._user_header()))
+                continue
+            if job.ids is not None:
+                self._admit(job, job.ids)
                 continue
             try:
                 text = self.tokenizer.apply_chat_template(job.messages, add_generation_prompt=True, tokenize=False)
@@ -158,10 +161,13 @@ class Worker:
             return
         batch = self.tokenizer([text for _, text in rendered], add_special_tokens=False)["input_ids"]
         for (job, _), ids in zip(rendered, batch, strict=True):
-            if not 0 < len(ids) <= self._prompt_limit:
-                self._skip(job, "prompt too long")
-            else:
-                self._ready.append(_Running(job, list(ids)))
+            self._admit(job, list(ids))
+
+    def _admit(self, job: Job, ids: list[int]) -> None:
+        if not 0 < len(ids) <= self._prompt_limit:
+            self._skip(job, "prompt too long")
+        else:
+            self._ready.append(_Running(job, ids))
 
     def _start(self, running: _Running) -> None:
         from linocut.engine.messages import AddRequest
@@ -169,7 +175,7 @@ class Worker:
 
         job = running.job
         room = self.core.info.max_model_len - len(running.prompt)
-        tokens = self.task.max_tokens if job.messages is not None else min(SELF_PROMPT_TOKENS, room)
+        tokens = min(SELF_PROMPT_TOKENS, room) if job.asks_itself else self.task.max_tokens
         # The seed is the prompt's own, so that an answer does not depend on what else is in the run.
         sampling = SamplingParams(max_tokens=tokens, temperature=job.temperature, seed=job.key ^ self.task.seed)
         name = str(self._name)
@@ -193,11 +199,14 @@ class Worker:
         for output in self.core.step():
             running = self._running[output.request_id]
             tokens = running.tokens
+            looked = len(tokens) // LOOK
             tokens += output.token_ids
             if output.finish_reason is not None:
                 del self._running[output.request_id]
+                self.counts["finished tokens"] += len(tokens)
+                self.counts["finished forwards"] += output.forwards
                 self._finish(running, output.finish_reason == "stop")
-            elif len(tokens) % LOOK == 0 and tail_repeats(tokens):
+            elif len(tokens) // LOOK > looked and tail_repeats(tokens):
                 from linocut.engine.messages import Abort
 
                 self.core.abort(Abort(request_id=output.request_id))
@@ -208,7 +217,7 @@ class Worker:
         tokens = running.tokens
         if is_looping(tokens[:-1] if ended else tokens):
             self._skip(running.job, "looping")
-        elif running.job.messages is None:
+        elif running.job.asks_itself:
             self._ask_itself(running.job, tokens, ended)
         elif ended and len(tokens) < 2:
             self._skip(running.job, "empty")
@@ -244,7 +253,7 @@ class Worker:
     def _cut(self) -> None:
         """The end came first: the beginnings of answers are the model's words too."""
         for running in self._running.values():
-            if running.job.messages is not None and len(running.tokens) >= LEAST and not is_looping(running.tokens):
+            if not running.job.asks_itself and len(running.tokens) >= LEAST and not is_looping(running.tokens):
                 self._keep(Answer(running.job.key, running.prompt, running.tokens, False))
 
     def _flush(self) -> None:

@@ -151,7 +151,7 @@ class Network:
         draft = None
         if s.draft_head:
             previous = F.embedding(tokens[before], self.decoder.embedding)
-            drafted = self._draft(hidden.detach(), previous, self.tensors[DRAFT_INPUT], self.tensors[DRAFT_OUTPUT])
+            drafted = self._draft(hidden, previous, self.tensors[DRAFT_INPUT], self.tensors[DRAFT_OUTPUT])
             more, draft = self._head_loss(drafted, head.detach(), target, share, teacher, weights)
             loss = loss + more
         clean_losses = None
