@@ -251,6 +251,14 @@ def draft_rows(
     )
 
 
+def window_index(rows: LogitRows, count: int, window: int) -> Tensor:
+    """[count, window] int64: the entry of `rows` that asks about a row's window position; 0 where none does."""
+    size = count * (window + 1)
+    at = rows.row * (window + 1) + torch.where(rows.valid & (rows.offset < window), rows.offset, window)
+    entries = torch.arange(rows.row.shape[0], device=rows.row.device)
+    return entries.new_zeros(size).scatter_(0, at, entries).view(count, window + 1)[:, :window]
+
+
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -1,6 +1,8 @@
-"""Drafts of masks: what the segment behind the accepted drafts proposes, and how sure it is."""
+"""Proposals of masks, made one after the other where the model has a draft head: drafts, and tokens of a block."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,16 +11,27 @@ from torch.nn.functional import pad
 from .batch import LogitRows
 from .decoding.advance import place_drafts
 from .decoding.parameters import MAX_DRAFT
+from .decoding.view import RowView, WindowStatistics
 from .models.decoder import Decoder
-from .sampling import Sampler, SamplingFlags
+from .models.draft_head import DraftHead
+from .sampling import CHUNK, Sampler, SamplingFlags
 from .state import RowState
 
 # Proposals that the draft head chooses among: the likeliest ones of a mask.
 CANDIDATES = 16
 
 
+@dataclass
+class _Proposals:
+    """What M rows say by themselves. normed: [M, hidden]; top: [M, CANDIDATES] ids; covered: [M], their probability."""
+
+    normed: Tensor
+    top: Tensor
+    covered: Tensor
+
+
 class Drafter:
-    """Turns the hidden states of masks into the next drafts of their rows."""
+    """Turns hidden states of masks into drafts, and couples the proposals for a block."""
 
     def __init__(self, decoder: Decoder, sampler: Sampler) -> None:
         self._decoder, self._sampler = decoder, sampler
@@ -41,34 +54,80 @@ class Drafter:
         valid = rows.valid.view(slots.shape[0], -1)
         if self._decoder.draft_head is None:
             token, confidence = self._sampler.propose(state, hidden, rows, None, self._decoder.logits, flags)
+            token, confidence = token.view_as(valid), confidence.view_as(valid)
         else:
-            token, confidence = self._chain(state, hidden[rows.source], rows, flags, last)
+            proposals = self._proposals(hidden, rows)
+            tokens, confidences = [], []
+            for index in torch.arange(rows.source.shape[0], device=slots.device).view_as(valid).unbind(1):
+                last, sure = self._choose(self._decoder.draft_head, state, proposals, rows, index, last, flags)
+                tokens.append(last)
+                confidences.append(sure)
+            token, confidence = torch.stack(tokens, dim=1), torch.stack(confidences, dim=1)
         count = torch.where(whole, valid.sum(dim=1), state.drafts[slots])
-        sure = torch.where(valid, confidence.view_as(valid), 0.0)
-        sure = pad(sure, (0, MAX_DRAFT - sure.shape[1]))
-        place_drafts(state, slots, token.view_as(valid), whole)
+        confidence = torch.where(valid, confidence, 0.0)
+        confidence = pad(confidence, (0, MAX_DRAFT - confidence.shape[1]))
+        place_drafts(state, slots, token, whole)
         state.drafts[slots] = count.int()
-        state.draft_confidence[slots] = torch.where(whole[:, None], sure, state.draft_confidence[slots])
+        state.draft_confidence[slots] = torch.where(whole[:, None], confidence, state.draft_confidence[slots])
 
-    def _chain(
-        self, state: RowState, hidden: Tensor, rows: LogitRows, flags: SamplingFlags, last: Tensor
+    def couple(
+        self,
+        head: DraftHead,
+        state: RowState,
+        hidden: Tensor,
+        rows: LogitRows,
+        flags: SamplingFlags,
+        view: RowView,
+        statistics: WindowStatistics,
+        opening: Tensor,
+        index: Tensor,
+    ) -> WindowStatistics:
+        """The window's proposals anew, left to right, each given what stands or is proposed before it.
+
+        rows: of the whole forward; index: [rows of the group, W] int64, the entry of `rows` for a window position.
+        opening: [rows] bool, the first position was predicted by a clean row and stays as it is. The confidence of a
+        proposal behind another one is that of both being right.
+        """
+        proposals = self._proposals(hidden, rows)
+        token, confidence = statistics.token[:, 0], statistics.confidence[:, 0]
+        before = torch.where(view.decided[:, 0], view.tokens[:, 0].long(), token)
+        # Of what stands before a position: that it is decided, or a clean row's word.
+        sure = torch.where(view.decided[:, 0] | opening, 1.0, confidence)
+        tokens, confidences = [token], [confidence]
+        for offset in range(1, view.tokens.shape[1]):
+            asked, decided = statistics.candidates[:, offset], view.decided[:, offset]
+            token, chosen = self._choose(head, state, proposals, rows, index[:, offset], before, flags)
+            joint = torch.where(asked, chosen * sure, -torch.inf)
+            tokens.append(torch.where(asked, token, statistics.token[:, offset]))
+            confidences.append(joint)
+            before = torch.where(decided, view.tokens[:, offset].long(), token)
+            sure = torch.where(decided, 1.0, chosen * sure)
+        return WindowStatistics(statistics.candidates, torch.stack(tokens, dim=1), torch.stack(confidences, dim=1))
+
+    def _proposals(self, hidden: Tensor, rows: LogitRows) -> _Proposals:
+        parts = []
+        for source in rows.source.split(CHUNK):
+            normed = self._decoder.normed(hidden[source])
+            logits = self._decoder.head(normed)
+            values, top = logits.topk(CANDIDATES, dim=1)
+            covered = (values.float().logsumexp(1) - logits.float().logsumexp(1)).exp()
+            parts.append((normed, top, covered))
+        return _Proposals(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _choose(
+        self,
+        head: DraftHead,
+        state: RowState,
+        proposals: _Proposals,
+        rows: LogitRows,
+        index: Tensor,
+        last: Tensor,
+        flags: SamplingFlags,
     ) -> tuple[Tensor, Tensor]:
-        """Left to right, each draft given the one before it: the draft head ranks the likeliest proposals anew."""
-        head = self._decoder.draft_head
-        assert head is not None
-        normed = self._decoder.normed(hidden)
-        logits = self._decoder.head(normed)
-        top = logits.topk(CANDIDATES, dim=1).indices
-        covered = (logits.gather(1, top).float().logsumexp(1) - logits.float().logsumexp(1)).exp()
-        count = last.shape[0]
-        length = rows.source.shape[0] // count
-        tokens, confidences = [], []
-        for nth in range(length):
-            at = torch.arange(count, device=last.device) * length + nth
-            candidates = top[at]
-            scores = head.scores(normed[at], last, candidates)
-            spread = torch.full_like(logits[:count], -torch.inf).scatter_(1, candidates, scores.to(logits.dtype))
-            last, confidence = self._sampler.choose(state, spread, rows.at(at), None, flags)
-            tokens.append(last)
-            confidences.append(confidence * covered[at])
-        return torch.stack(tokens, dim=1).flatten(), torch.stack(confidences, dim=1).flatten()
+        """Choose among the candidates of the entries `index` ([n]) behind the ids `last` ([n])."""
+        candidates = proposals.top[index]
+        scores = head.scores(proposals.normed[index], last, candidates)
+        vocabulary = self._decoder.backbone.vocab
+        spread = scores.new_full((index.shape[0], vocabulary), -torch.inf).scatter_(1, candidates, scores)
+        token, confidence = self._sampler.choose(state, spread, rows.at(index), None, flags)
+        return token, confidence * proposals.covered[index]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import ForwardBatch, build_batch, cap_span, concat_spans, draft_rows
+from .batch import ForwardBatch, LogitRows, build_batch, cap_span, concat_spans, draft_rows, window_index
 from .decoding.advance import advance, guard, row_view
 from .decoding.parameters import FRONTIER
 from .decoding.registry import strategies
@@ -42,6 +42,7 @@ class Forward:
     rows: list[RowPlan]
     hidden: Tensor
     query_start: Tensor
+    logits: LogitRows | None
     flags: SamplingFlags
     row_cost: float
 
@@ -83,8 +84,7 @@ class ModelRunner:
         state, traits = self.state, self.traits
         slots = self._ints([row.slot for row in plan.rows]).long()
         groups = self._groups(plan.rows)
-        row_cost = marginal_cost(len(plan.rows), self.row_share)
-        views = [self._view(slots[g.first : g.last], g.window, row_cost) for g in groups]
+        views = [row_view(state, slots[g.first : g.last], g.window) for g in groups]
         spans = [self.strategies[g.strategy].plan(v, traits) for g, v in zip(groups, views, strict=True)]
         span, whole = cap_span(concat_spans(spans), self._ints([row.width for row in plan.rows]))
         start = torch.cat([view.start for view in views]) if len(views) > 1 else views[0].start
@@ -102,7 +102,8 @@ class ModelRunner:
             statistics = to_window(batch.logits, token, confidence, len(plan.rows), width)
         else:
             statistics = _no_statistics(len(plan.rows), width, state.device)
-        forward = Forward(plan.rows, hidden, batch.layout.query_start, flags, row_cost)
+        row_cost = marginal_cost(len(plan.rows), self.row_share)
+        forward = Forward(plan.rows, hidden, batch.layout.query_start, batch.logits, flags, row_cost)
 
         packed = [
             self._advance(
@@ -120,12 +121,6 @@ class ModelRunner:
             )
         return hidden
 
-    def _view(self, slots: Tensor, window: int, row_cost: float) -> RowView:
-        view = row_view(self.state, slots, window)
-        asked = view.parameters["row_cost"]
-        view.parameters["row_cost"] = torch.where(asked < 0, row_cost, asked)
-        return view
-
     def _advance(
         self,
         group: Group,
@@ -142,11 +137,20 @@ class ModelRunner:
             # The clean row before a block is the autoregressive model: what it says of the first position stands.
             first = statistics.candidates[:, :1] & span.opening[:, None]
             statistics.confidence[:, :1].masked_fill_(first, torch.inf)
+            head, logits = self.decoder.draft_head, forward.logits
+            if head is not None and logits is not None:
+                index = window_index(logits, len(forward.rows), group.window)[group.first : group.last]
+                statistics = self.drafter.couple(
+                    head, self.state, forward.hidden, logits, forward.flags, view, statistics, span.opening, index
+                )
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
         outcome = advance(self.state, view, span, whole, decision, self.traits, frontier, self.stop_at_block_end)
         if decision.accepted is not None and span.segments is not None:
             self._draft(group, view, span.segments, decision, decision.accepted, whole, forward)
-        after = self._view(view.slots, group.window, forward.row_cost)
+        # The load changes from step to step; a plan that the host has been told of must not.
+        asked = view.parameters["row_cost"]
+        self.state.row_cost[view.slots] = torch.where(asked < 0, forward.row_cost, asked)
+        after = row_view(self.state, view.slots, group.window)
         coming = strategy.plan(after, self.traits)
         columns = [
             after.start,

@@ -30,7 +30,8 @@ class RowState:
     tokens, decided: [rows, length]. Undecided positions hold the mask id, or a draft.
     prompt_len, start, final_len, step, limit: [rows]; see `Sequence`.
     fresh: [rows] bool, the active block's slots hold K/V of a whole-block forward (sub-block cache).
-    drafts: [rows], drafts of masks that stand behind `start`; draft_confidence: [rows, MAX_DRAFT] float32.
+    drafts: [rows], drafts of masks that stand behind `start`; draft_confidence: [rows, MAX_DRAFT] float32. row_cost:
+        [rows] float32, what a row of the coming step must promise (the parameter of that name, or what the load says).
     stops: [rows, K] ids that end the text, padded with -1; stops_from: [rows, K] the position below which each is
         banned (min_tokens; for ignore_eos the family's are banned everywhere).
     page_table: [rows, pages].
@@ -47,6 +48,7 @@ class RowState:
     fresh: Tensor
     drafts: Tensor
     draft_confidence: Tensor
+    row_cost: Tensor
     stops: Tensor
     stops_from: Tensor
     page_table: Tensor
@@ -100,6 +102,7 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
         fresh=torch.zeros(rows, dtype=torch.bool, device=device),
         drafts=ints(rows),
         draft_confidence=torch.zeros((rows, MAX_DRAFT), dtype=torch.float32, device=device),
+        row_cost=floats(),
         stops=torch.full((rows, 4), -1, dtype=_INT, device=device),
         stops_from=ints(rows, 4),
         page_table=ints(rows, pages),
@@ -146,6 +149,7 @@ def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int
     write_list(state.limit, [row.prompt_len + row.sampling.max_tokens for row in admissions])
     write_list(state.fresh, [False] * len(admissions))
     write_list(state.drafts, [0] * len(admissions))
+    write_list(state.row_cost, [0.0] * len(admissions))
     write_list(state.temperature, [0.0 if is_greedy(s) else s.temperature for s in sampling])
     write_list(state.top_p, [s.top_p for s in sampling])
     write_list(state.top_k, [min(s.top_k, torch.iinfo(_INT).max) for s in sampling])

@@ -30,6 +30,7 @@ def row_view(state: RowState, slots: Tensor, window: int) -> RowView:
         fresh=state.fresh[slots],
         drafts=state.drafts[slots],
         draft_confidence=state.draft_confidence[slots],
+        row_cost=state.row_cost[slots],
         parameters={name: column[slots] for name, column in state.parameters.items()},
     )
 

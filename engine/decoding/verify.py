@@ -34,7 +34,7 @@ class Verify:
         window = view.tokens.shape[1]
         offsets = torch.arange(window, device=view.start.device, dtype=torch.int32)
         reach, ends = _prospects(view, window)
-        cost = view.parameters["row_cost"][:, None]
+        cost = view.row_cost[:, None]
         room = (view.limit - view.start - 1)[:, None]
         # reach falls with every draft, so these are the first ones.
         run = (offsets[1:] <= torch.minimum(view.drafts[:, None], room)) & (reach[:, 1:] >= cost)

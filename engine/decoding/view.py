@@ -13,7 +13,8 @@ class RowView:
 
     slots: [rows] int64. start, final_len, prompt_len, limit, step: [rows] int32 (see RowState).
     tokens: [rows, W] int32; decided: [rows, W] bool. fresh: [rows] bool. drafts: [rows] int32, how many of the window's
-    tokens are drafts; draft_confidence: [rows, MAX_DRAFT] float32. parameters: name -> [rows].
+    tokens are drafts; draft_confidence: [rows, MAX_DRAFT] float32; row_cost: [rows] float32. parameters: name ->
+    [rows].
     """
 
     slots: Tensor
@@ -27,6 +28,7 @@ class RowView:
     fresh: Tensor
     drafts: Tensor
     draft_confidence: Tensor
+    row_cost: Tensor
     parameters: dict[str, Tensor]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Layer:
     adapters: LayerAdapters | None = None
 
 
+@final
 @dataclass
 class LayerAdapters:
     qkv: Adapter

@@ -22,9 +22,13 @@ def converted_folder(
     logit_source: str = "previous",
     context: str = "token-causal",
     gated: bool = True,
+    draft_head: float | None = None,
     **own: Any,
 ) -> Path:
-    """The golden AR checkpoint with a `linocut` object, and a random adapter that changes what masks say."""
+    """The golden AR checkpoint with a `linocut` object, and a random adapter that changes what masks say.
+
+    draft_head: the size of its weights; 0 makes one that changes nothing, None has none.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for path in (GOLDEN / "jacobi_qwen2").iterdir():
         if path.name in ("config.json", "model.safetensors"):
@@ -40,7 +44,12 @@ def converted_folder(
     }
     (target / "config.json").write_text(json.dumps(config))
     if gated:
-        save_file(random_adapter(config), target / "adapter.safetensors")
+        tensors = random_adapter(config)
+        if draft_head is not None:
+            generator, hidden = torch.Generator().manual_seed(5), config["hidden_size"]
+            tensors["draft_head.input"] = torch.randn(hidden, 2 * hidden, generator=generator) * draft_head
+            tensors["draft_head.output"] = torch.randn(hidden, hidden, generator=generator) * draft_head
+        save_file(tensors, target / "adapter.safetensors")
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,30 @@ def test_neither_a_small_budget_nor_few_pages_change_it(
     assert texts(answers(core, DRAFTS)) == expected
     if "pages" in tight:
         assert core.stats().preemptions
+
+
+def test_a_load_that_changes_does_not_change_it(folder: Path, expected: dict[tuple[str, int], Any]) -> None:
+    """What a row must promise follows the load: from nothing to more than any row can, from one step to the next."""
+    core = core_of(folder)
+    shares = random.Random(0)
+
+    def load(core: EngineCore) -> None:
+        core.runner.row_share = shares.choice([0.0, 0.001, 0.03, 1.0])
+
+    drafts = [{"draft_length": 7}, {"draft_length": 3}, {}, {}, {"draft_length": 12}, {}]
+    sharpen(core)
+    assert texts(answers(core, drafts, observe=load)) == expected
+
+
+def sharpen(core: EngineCore) -> None:
+    """Drafts that are all but certain of themselves, right or wrong: then every price between 0 and 1 tells."""
+    choose = core.runner.sampler.propose
+
+    def sure(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        token, confidence = choose(*arguments)
+        return token, confidence**0.5
+
+    core.runner.sampler.propose = sure  # type: ignore[method-assign]
 
 
 def test_a_request_that_fills_the_pool_alone_is_served(folder: Path) -> None:
