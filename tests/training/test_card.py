@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from linocut.engine.errors import ConfigError
-from linocut.training.card import write_card
+from linocut.training.card import take_results, write_card
 
 FACTS: dict[str, Any] = {
     "name": "SmolLM2-135M-Instruct, drafting",
@@ -26,8 +26,11 @@ FACTS: dict[str, Any] = {
 
 
 def measured(model: str, strategy: str, speed: float, **more: Any) -> dict[str, Any]:
+    options = [f"{name}={value}" for name, value in more.get("parameters", {}).items()]
+    label = ",".join([f"{model}/{strategy}", *options])
     shared = {"parameters": {}, "block_size": 8, "nll": 0.5, "agreement": 0.9, "same_as_original": 0.5, "scores": {}}
     return {
+        "label": label,
         "model": model,
         "strategy": strategy,
         "tokens_per_forward": speed,
@@ -38,9 +41,9 @@ def measured(model: str, strategy: str, speed: float, **more: Any) -> dict[str, 
 
 
 RESULT: dict[str, Any] = {
-    "options": {"seed": 0, "max_tokens": 128},
+    "options": {"seed": 0, "max_tokens": 128, "dtype": "bfloat16"},
     "machine": {"name": "a GPU", "dtype": "bfloat16"},
-    "prompts": {"mawps": {"count": 48}},
+    "prompts": {"mawps": {"count": 48, "ids": ["mawps:1"], "more_ids": []}},
     "notes": [],
     "rows": [
         measured("original", "autoregressive", 1.0, same_as_own=None, scores={"mawps": {"score": 0.125, "count": 48}}),
@@ -109,3 +112,69 @@ def test_a_card_without_measurements_has_no_results(folder: Path) -> None:
 def test_what_is_missing_or_unknown_is_refused(folder: Path, facts: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         write_card(folder, change(folder, **facts))
+
+
+def run(folder: Path, name: str, **changes: Any) -> Path:
+    """A folder of another evaluation."""
+    found = folder.parent / name
+    found.mkdir()
+    (found / "evaluation.json").write_text(json.dumps({**RESULT, **changes}))
+    return found
+
+
+def test_plots_are_drawn_from_what_they_name(folder: Path) -> None:
+    (folder.parent / "log.jsonl").write_text('{"tokens": 1, "loss": 2.0}\n{"tokens": 2, "loss": 1.0}\n')
+    plots = [
+        {"file": "training.svg", "caption": "How it learned.", "source": "log.jsonl"},
+        {"file": "speed.svg", "caption": "How fast it is.", "source": "runs/evaluation.json"},
+    ]
+    facts = change(folder, plots=plots)
+    write_card(folder, facts)
+    assert "nats per token" in (folder / "training.svg").read_text()
+    assert "tokens per forward" in (folder / "speed.svg").read_text()
+    newer = folder.parent / "newer.jsonl"
+    newer.write_text('{"tokens": 1, "draft_accuracy": [0.5]}\n')
+    take_results(facts, log=newer)
+    write_card(folder, facts)
+    assert "draft accuracy" in (folder / "training.svg").read_text()
+
+
+def test_a_new_evaluation_takes_the_place_of_the_old_one(folder: Path) -> None:
+    facts = folder.parent / "facts.json"
+    rows = [measured("converted", "verify", 2.75, same_as_own=1.0)]
+    take_results(facts, run(folder, "newer", rows=rows))
+    card = write_card(folder, facts).read_text()
+    assert "2.75" in card
+    assert "draft_length 4" not in card
+
+
+def test_rows_of_another_machine_replace_rows_and_lose_their_speed(folder: Path) -> None:
+    facts = folder.parent / "facts.json"
+    rows = [
+        measured("original", "autoregressive", 1.0, same_as_own=None, nll=9.0),
+        measured("converted", "verify", 1.75, same_as_own=1.0),
+        measured("converted", "threshold", 1.25, same_as_own=0.5, parameters={"threshold": 0.7}),
+    ]
+    machine = {"name": "a CPU", "dtype": "bfloat16"}
+    others = [run(folder, "other", rows=rows, machine=machine)]
+    take_results(facts, rows_from=others, drop=["converted/threshold"])
+    card = write_card(folder, facts).read_text()
+    assert "| converted | verify |  | 1.75 | 0.500 | 0.900 | 50.0 % | 100.0 % |  |" in card
+    assert "| converted | verify (draft_length 4) |  | 2.12 | 0.500 | 0.900 | 50.0 % | 100.0 % | 10,000 |" in card
+    assert "threshold 0.7" in card
+    assert "1.62" not in card
+    assert "9.000" not in card
+    assert "another machine (a CPU)" in card
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"prompts": {"mawps": {"count": 48, "ids": ["mawps:2"], "more_ids": []}}},
+        {"options": {**RESULT["options"], "dtype": "float32"}},
+    ],
+)
+def test_rows_of_another_question_are_refused(folder: Path, other: dict[str, Any]) -> None:
+    others = [run(folder, "other", **other)]
+    with pytest.raises(ConfigError, match="same prompts"):
+        take_results(folder.parent / "facts.json", rows_from=others)
