@@ -43,7 +43,8 @@ lint: $(VENV)/.test
 	@mkdir -p build/types/linocut
 	@ln -sfn ../../../engine build/types/linocut/engine
 	@ln -sfn ../../../kernels build/types/linocut/kernels
-	MYPYPATH=build/types $(BIN)/mypy -p linocut.engine -p linocut.kernels
+	@ln -sfn ../../../training build/types/linocut/training
+	MYPYPATH=build/types $(BIN)/mypy -p linocut.engine -p linocut.kernels -p linocut.training
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix-only .

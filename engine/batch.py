@@ -71,7 +71,7 @@ def concat_spans(spans: list[Span]) -> Span:
         torch.cat([s.clean_end for s in spans]),
         torch.cat([pad(s.targets, (0, width - s.targets.shape[1])) for s in spans]),
         torch.cat([s.seeding for s in spans]),
-        torch.cat([s.opening for s in spans]),
+        torch.cat([pad(s.opening, (0, width - s.opening.shape[1])) for s in spans]),
         _concat_segments(spans),
     )
 
@@ -99,7 +99,7 @@ def cap_span(span: Span, caps: Tensor) -> tuple[Span, Tensor]:
         run_end=end,
         targets=span.targets & whole[:, None],
         seeding=span.seeding & whole,
-        opening=span.opening & whole,
+        opening=span.opening & whole[:, None],
     )
     return cut, whole
 

@@ -56,7 +56,7 @@ class Drafter:
             token, confidence = self._sampler.propose(state, hidden, rows, None, self._decoder.logits, flags)
             token, confidence = token.view_as(valid), confidence.view_as(valid)
         else:
-            proposals = self._proposals(hidden, rows)
+            proposals = self._proposals(state, hidden, rows, flags)
             tokens, confidences = [], []
             for index in torch.arange(rows.source.shape[0], device=slots.device).view_as(valid).unbind(1):
                 last, sure = self._choose(self._decoder.draft_head, state, proposals, rows, index, last, flags)
@@ -85,30 +85,34 @@ class Drafter:
         """The window's proposals anew, left to right, each given what stands or is proposed before it.
 
         rows: of the whole forward; index: [rows of the group, W] int64, the entry of `rows` for a window position.
-        opening: [rows] bool, the first position was predicted by a clean row and stays as it is. The confidence of a
+        opening: [rows, W] bool, positions that a clean row predicted: these stay as they are. The confidence of a
         proposal behind another one is that of both being right.
         """
-        proposals = self._proposals(hidden, rows)
-        token, confidence = statistics.token[:, 0], statistics.confidence[:, 0]
-        before = torch.where(view.decided[:, 0], view.tokens[:, 0].long(), token)
-        # Of what stands before a position: that it is decided, or a clean row's word.
-        sure = torch.where(view.decided[:, 0] | opening, 1.0, confidence)
-        tokens, confidences = [token], [confidence]
-        for offset in range(1, view.tokens.shape[1]):
-            asked, decided = statistics.candidates[:, offset], view.decided[:, offset]
-            token, chosen = self._choose(head, state, proposals, rows, index[:, offset], before, flags)
-            joint = torch.where(asked, chosen * sure, -torch.inf)
-            tokens.append(torch.where(asked, token, statistics.token[:, offset]))
-            confidences.append(joint)
+        proposals = self._proposals(state, hidden, rows, flags)
+        tokens: list[Tensor] = []
+        confidences: list[Tensor] = []
+        before = sure = statistics.token[:, 0]
+        for offset in range(view.tokens.shape[1]):
+            token, joint = statistics.token[:, offset], statistics.confidence[:, offset]
+            # A block's first position has nothing before it in the window: what its row says by itself stands.
+            if offset:
+                chosen, alone = self._choose(head, state, proposals, rows, index[:, offset], before, flags)
+                token = torch.where(opening[:, offset], token, chosen)
+                joint = torch.where(opening[:, offset], joint, alone * sure)
+            tokens.append(token)
+            confidences.append(torch.where(statistics.candidates[:, offset], joint, -torch.inf))
+            decided = view.decided[:, offset]
             before = torch.where(decided, view.tokens[:, offset].long(), token)
-            sure = torch.where(decided, 1.0, chosen * sure)
+            sure = torch.where(decided | opening[:, offset], 1.0, joint)
         return WindowStatistics(statistics.candidates, torch.stack(tokens, dim=1), torch.stack(confidences, dim=1))
 
-    def _proposals(self, hidden: Tensor, rows: LogitRows) -> _Proposals:
+    def _proposals(self, state: RowState, hidden: Tensor, rows: LogitRows, flags: SamplingFlags) -> _Proposals:
         parts = []
-        for source in rows.source.split(CHUNK):
-            normed = self._decoder.normed(hidden[source])
+        for at in range(0, rows.source.shape[0], CHUNK):
+            part = rows.at(slice(at, at + CHUNK))
+            normed = self._decoder.normed(hidden[part.source])
             logits = self._decoder.head(normed)
+            self._sampler.ban(state, logits, part.slot, part.position, flags)
             values, top = logits.topk(CANDIDATES, dim=1)
             covered = (values.float().logsumexp(1) - logits.float().logsumexp(1)).exp()
             parts.append((normed, top, covered))
@@ -125,9 +129,16 @@ class Drafter:
         flags: SamplingFlags,
     ) -> tuple[Tensor, Tensor]:
         """Choose among the candidates of the entries `index` ([n]) behind the ids `last` ([n])."""
-        candidates = proposals.top[index]
+        candidates, asked = proposals.top[index], rows.at(index)
         scores = head.scores(proposals.normed[index], last, candidates)
-        vocabulary = self._decoder.backbone.vocab
-        spread = scores.new_full((index.shape[0], vocabulary), -torch.inf).scatter_(1, candidates, scores)
-        token, confidence = self._sampler.choose(state, spread, rows.at(index), None, flags)
+        best = scores.argmax(dim=1, keepdim=True)
+        token = candidates.gather(1, best)[:, 0]
+        confidence = scores.float().softmax(dim=1).gather(1, best)[:, 0]
+        if flags.sampled or flags.filtered_confidence:
+            # Noise belongs to ids, so the candidates go to their places in the vocabulary.
+            vocabulary = self._decoder.backbone.vocab
+            spread = scores.new_full((index.shape[0], vocabulary), -torch.inf).scatter_(1, candidates, scores)
+            drawn, sure = self._sampler.choose(state, spread, asked, None, flags)
+            other = (state.temperature[asked.slot] > 0) | state.parameters["confidence"][asked.slot]
+            token, confidence = torch.where(other, drawn, token), torch.where(other, sure, confidence)
         return token, confidence * proposals.covered[index]

@@ -134,9 +134,8 @@ class ModelRunner:
         strategy = self.strategies[group.strategy]
         frontier = group.strategy in FRONTIER
         if self.traits.commit_opens and not frontier:
-            # The clean row before a block is the autoregressive model: what it says of the first position stands.
-            first = statistics.candidates[:, :1] & span.opening[:, None]
-            statistics.confidence[:, :1].masked_fill_(first, torch.inf)
+            # Clean rows are the autoregressive model: what they say stands.
+            statistics.confidence.masked_fill_(statistics.candidates & span.opening, torch.inf)
             head, logits = self.decoder.draft_head, forward.logits
             if head is not None and logits is not None:
                 index = window_index(logits, len(forward.rows), group.window)[group.first : group.last]
@@ -246,7 +245,7 @@ def _rows(span: Span, group: Group) -> Span:
         span.clean_end[at],
         span.targets[at, : group.window],
         span.seeding[at],
-        span.opening[at],
+        span.opening[at, : group.window],
         None if span.segments is None else span.segments[at],
     )
 

@@ -73,7 +73,7 @@ class Sampler:
         """Token and confidence of `rows` from their logits ([M, vocab], changed in place), both [M]."""
         sampling = self._sampling_rows(state, rows, seeding, flags) if flags.sampled or flags.filtered else None
         after = state.parameters["confidence"][rows.slot] if flags.filtered_confidence else None
-        self._ban(state, logits, rows.slot, rows.position, flags)
+        self.ban(state, logits, rows.slot, rows.position, flags)
         result = self._reduce(logits, sampling, after)
         return result.token, result.confidence
 
@@ -82,7 +82,7 @@ class Sampler:
             return reference_statistics(logits, sampling, filtered_confidence=filtered)
         return vocab_statistics(logits, sampling, filtered_confidence=filtered, backend=self._backend)
 
-    def _ban(self, state: RowState, logits: Tensor, slot: Tensor, position: Tensor, flags: SamplingFlags) -> None:
+    def ban(self, state: RowState, logits: Tensor, slot: Tensor, position: Tensor, flags: SamplingFlags) -> None:
         """Set what may not be chosen to -inf, in place: mask, unused ids, and stop ids before their time."""
         if self._banned.numel():
             logits.index_fill_(1, self._banned, -torch.inf)

@@ -31,10 +31,30 @@ def bench(
         str | None, typer.Option(help="A published shape with random weights, instead of a model.")
     ] = None,
     clients: Annotated[str, typer.Option(help="Concurrent sequences of the generation table.")] = "1,4,16",
-    tokens: Annotated[int, typer.Option(help="Tokens generated per sequence.")] = 64,
-    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens generated per sequence; default: 64, with --prompts at most 256.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt of random ids.")] = 64,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Chat prompts instead of random ids, which say nothing of drafts: JSON lines with messages, prompt, "
+            "question, instruction, turns or text."
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(help="With --prompts: how many are drawn, always the same ones.")] = 16,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="With --prompts: go on after the end of a text.")
+    ] = False,
+    strategies: Annotated[
+        str | None,
+        typer.Option(help="Which to run, as verify,autoregressive,verify:draft_length=3; default: all of the model."),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Runs of each engine, taken in turns; the median counts.")] = 3,
     peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Measure transformers' generate beside it.")] = True,
+    gguf: Annotated[
+        Path | None, typer.Option(help="Measure llama.cpp on this file beside it, one client only (llama-cpp-python).")
+    ] = None,
     block_size: Annotated[int | None, typer.Option(help="With --shape: the diffusion block.")] = None,
     sequences: Annotated[str, typer.Option(help="With --shape: sequences of a forward.")] = "1,8,64",
     contexts: Annotated[str, typer.Option(help="With --shape: cached positions of each.")] = "1024",
@@ -44,12 +64,13 @@ def bench(
     quantization: str = "none",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
 ) -> None:
-    """Measure the engine: forward times, and generation beside transformers on the same weights."""
+    """Measure the engine: forward times, and generation beside transformers and llama.cpp, all in turns."""
     # Threads that spin at a barrier make everything else on the machine wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import msgspec
 
-    from linocut.engine.bench.run import SHAPES, bench_model, bench_shape, write_json
+    from linocut.engine.bench.generation import parse_strategies
+    from linocut.engine.bench.run import SHAPES, Workload, bench_model, bench_shape, write_json
     from linocut.engine.config import EngineConfig
     from linocut.engine.models.source import resolve_model
 
@@ -60,7 +81,12 @@ def bench(
         raise ConfigError(str(error).replace("`$.", "`")) from None
     if shape is None:
         config = msgspec.structs.replace(config, model=str(resolve_model(model)))
-        write_json(bench_model(config, _integers(clients), tokens, prompt, repeats, peer), json_file)
+        tokens = tokens or (256 if prompts else 64)
+        if min(tokens, prompt, count, repeats) < 1:
+            raise ConfigError("--tokens, --prompt, --count and --repeats: at least 1")
+        workload = Workload(_integers(clients), repeats, tokens, prompt, prompts, count, ignore_eos)
+        asked = None if strategies is None else parse_strategies(strategies)
+        write_json(bench_model(config, workload, asked, peer, gguf), json_file)
         return
     if shape not in SHAPES:
         raise ConfigError(f"--shape {shape!r}: one of {', '.join(SHAPES)}")

@@ -1,17 +1,25 @@
-"""The model card of a converted folder: facts from a file, numbers from result files, nothing from memory."""
+"""The model card of a converted folder: facts from a file, numbers from result files, nothing from memory.
+
+    python -m linocut.training.card FACTS FOLDER [--evaluation RUN] [--log LOG]
+
+writes the card and its plots to FOLDER. The result files lie beside FACTS; the options put newer ones there first.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+import typer
 
 from linocut.engine.errors import ConfigError
 
-from .evaluate_table import markdown
+from .evaluate_table import markdown, with_rows_of
+from .plots import plot_speed_quality, plot_training
 
 
 class DataSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,10 +39,12 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Picture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A plot. file: relative to the card."""
+    """A plot. file: relative to the card. source: what it is drawn from, an evaluation.json or a training log (.jsonl),
+    relative to the facts file; empty for a picture that is there already."""
 
     file: str
     caption: str
+    source: str = ""
 
 
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -49,6 +59,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     use: str = ""
     recipe: dict[str, str | int | float] = {}
     data: tuple[DataSource, ...] = ()
+    data_note: str = ""
     cost: dict[str, str | int | float] = {}
     evaluations: tuple[Evaluation, ...] = ()
     plots: tuple[Picture, ...] = ()
@@ -64,20 +75,63 @@ def read_facts(path: Path) -> Facts:
 
 
 def write_card(folder: Path, facts_path: Path) -> Path:
-    """README.md of `folder`, from the facts and the result files that they name. Raises ConfigError."""
+    """README.md of `folder` and the plots that have a source, from what the facts name. Raises ConfigError."""
     facts = read_facts(facts_path)
-    results = []
-    for evaluation in facts.evaluations:
-        try:
-            results.append(json.loads((facts_path.parent / evaluation.file).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{evaluation.file} holds no evaluation: {error}") from None
+    results = [_read_result(facts_path.parent / evaluation.file) for evaluation in facts.evaluations]
     for picture in facts.plots:
-        if not (folder / picture.file).is_file():
+        source, target = facts_path.parent / picture.source, folder / picture.file
+        if picture.source.endswith(".jsonl"):
+            plot_training(source, target)
+        elif picture.source:
+            plot_speed_quality(_read_result(source), target)
+        elif not target.is_file():
             raise ConfigError(f"the card shows {picture.file}, which is not in {folder}")
     card = folder / "README.md"
     card.write_text(render_card(facts, results), encoding="utf-8")
     return card
+
+
+def take_results(
+    facts_path: Path,
+    evaluation: Path | None = None,
+    rows_from: Sequence[Path] = (),
+    drop: Sequence[str] = (),
+    log: Path | None = None,
+) -> None:
+    """Put new result files beside the facts, in place of the first evaluation and of the log that a plot is drawn from.
+
+    evaluation, rows_from: folders that the evaluate stage wrote; rows of the latter replace or extend the former's (see
+    `with_rows_of`), after rows whose label begins with one of `drop` are left out. Without `evaluation` they change
+    what is there. Raises ConfigError.
+    """
+    facts = read_facts(facts_path)
+    if evaluation is not None or rows_from or drop:
+        if not facts.evaluations:
+            raise ConfigError(f"{facts_path} names no evaluation")
+        kept = facts_path.parent / facts.evaluations[0].file
+        result = _read_result(kept if evaluation is None else evaluation / "evaluation.json")
+        others = [_read_result(other / "evaluation.json") for other in rows_from]
+        if drop:
+            result = {**result, "rows": [row for row in result["rows"] if not row["label"].startswith(tuple(drop))]}
+        for other in others:
+            result = with_rows_of(result, other)
+        kept.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if log is not None:
+        logs = [picture.source for picture in facts.plots if picture.source.endswith(".jsonl")]
+        if not logs:
+            raise ConfigError(f"{facts_path} has no plot of a training log")
+        try:
+            (facts_path.parent / logs[0]).write_bytes(log.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"{log} cannot be read: {error.strerror}") from None
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} holds no evaluation: {error}") from None
+    return result
 
 
 def render_card(facts: Facts, results: Sequence[Mapping[str, Any]]) -> str:
@@ -94,7 +148,8 @@ def render_card(facts: Facts, results: Sequence[Mapping[str, Any]]) -> str:
         parts += ["## Recipe", _pairs(facts.recipe)]
     if facts.data:
         rows = [f"| {source.name} | {source.amount} | {source.licence} | {source.use} |" for source in facts.data]
-        parts += ["## Training data", "\n".join(["| source | amount | licence | use |", "|---|---|---|---|", *rows])]
+        table = "\n".join(["| source | amount | licence | use |", "|---|---|---|---|", *rows])
+        parts += ["## Training data", *([facts.data_note] if facts.data_note else []), table]
     if facts.cost:
         parts += ["## Cost", _pairs(facts.cost)]
     if facts.limits:
@@ -135,7 +190,29 @@ def _speed(row: Mapping[str, Any]) -> str:
     return f"{row['tokens_per_forward']:.2f} tokens per forward, NLL {row['nll']:.3f}"
 
 
+def make(
+    facts: Annotated[Path, typer.Argument(help="facts.json; its result files lie beside it.")],
+    folder: Annotated[Path, typer.Argument(help="Where README.md and the plots go.")],
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Folder of a new evaluation, in place of the old one.")
+    ] = None,
+    rows_from: Annotated[list[Path] | None, typer.Option(help="Folder whose rows replace rows; repeatable.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Leave out rows whose label begins so; repeatable.")] = None,
+    log: Annotated[Path | None, typer.Option(help="A new training log, in place of the old one.")] = None,
+) -> None:
+    """Write a model card and its plots."""
+    try:
+        take_results(facts, evaluation, rows_from or [], drop or [], log)
+        typer.echo(write_card(folder, facts))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
 def _pairs(pairs: Mapping[str, str | int | float]) -> str:
     return "\n".join(
         f"- {name}: {value:,}" if isinstance(value, int) else f"- {name}: {value}" for name, value in pairs.items()
     )
+
+
+if __name__ == "__main__":
+    typer.run(make)

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from linocut.engine.errors import ConfigError
+
 from .evaluate_runs import Answered, Run
 from .evaluate_settings import ORIGINAL, OWN, Setting
 from .judge import Verdict
@@ -61,6 +63,31 @@ def _same(run: Run, other: Run | None) -> float | None:
     return sum(answer.tokens == theirs[answer.id] for answer in run.answers) / max(len(run.answers), 1)
 
 
+def with_rows_of(result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`result` with the rows of `other` in place of its own of the same label, new ones last.
+
+    Rows from another machine lose their speed, and a note names it. Raises ConfigError unless both answered the same
+    prompts under the same options.
+    """
+
+    def asked(one: Mapping[str, Any]) -> list[Any]:
+        prompts = {name: [entry["ids"], entry["more_ids"]] for name, entry in one["prompts"].items()}
+        return [prompts, *(one["options"][name] for name in ("max_tokens", "dtype"))]
+
+    if asked(result) != asked(other):
+        raise ConfigError("rows can only be taken from an evaluation of the same prompts under the same options")
+    same = result["machine"]["name"] == other["machine"]["name"]
+    rows: dict[str, Row] = {row["label"]: row for row in result["rows"]}
+    baselines = {setting.label for setting in (ORIGINAL, OWN)}
+    for row in other["rows"]:
+        if row["label"] not in baselines:
+            rows[row["label"]] = row if same else {**row, "tokens_per_second": None}
+    notes = list(dict.fromkeys([*result["notes"], *other["notes"]]))
+    if not same:
+        notes.append(f"Rows without tokens/s were decoded on another machine ({other['machine']['name']})")
+    return {**result, "rows": list(rows.values()), "notes": notes}
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The table, and what has to be known to read it."""
     rows: list[Row] = result["rows"]
@@ -73,7 +100,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         blocks = row["strategy"] in ("threshold", "static")
         cells = [row["model"], _decoding(row), str(row["block_size"]) if blocks else ""]
         cells += [f"{row['tokens_per_forward']:.2f}", f"{row['nll']:.3f}", f"{row['agreement']:.3f}"]
-        cells += [_percent(row["same_as_original"]), _percent(row["same_as_own"]), f"{row['tokens_per_second']:,.0f}"]
+        speed = row["tokens_per_second"]
+        cells += [_percent(row["same_as_original"]), _percent(row["same_as_own"])]
+        cells.append("" if speed is None else f"{speed:,.0f}")
         cells += [_score(name, row["scores"].get(name)) for name in tasks]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"- {line}" for line in legend(result))]) + "\n"

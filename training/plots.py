@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Points of a curve: more only make the file larger.
-POINTS = 200
-# Curves of a panel.
+POINTS = 60
+# Curves of a panel, and panels side by side.
 OFFSETS = 8
+COLUMNS = 3
+_LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
 Series = dict[str, tuple[list[float], list[float]]]
 
 
@@ -90,9 +94,11 @@ def plot_training(log: Path, out: Path) -> None:
     count = bool(losses) + len(panels)
     if not count:
         raise ConfigError(f"{log} has no losses and no accuracies over tokens")
-    figure = _figure(4.2 * count)
+    columns = min(count, COLUMNS)
+    rows = -(-count // columns)
+    figure = _figure(4.2 * columns, 3.4 * rows)
     if losses:
-        axes = figure.add_subplot(1, count, 1)
+        axes = figure.add_subplot(rows, columns, 1)
         for index, name in enumerate(losses):
             for curves, style in ((train, "-"), (held_out, "--")):
                 if name in curves:
@@ -102,7 +108,7 @@ def plot_training(log: Path, out: Path) -> None:
         axes.set_yscale("log")
         _finish(axes, "training tokens, millions", "nats per token")
     for place, panel in enumerate(panels, start=1 + bool(losses)):
-        axes = figure.add_subplot(1, count, place)
+        axes = figure.add_subplot(rows, columns, place)
         curves = held_out if any(name.split(" ")[0] == panel for name in held_out) else train
         for name in [name for name in curves if name.split(" ")[0] == panel][:OFFSETS]:
             offset = name.removeprefix(panel).strip()
@@ -148,14 +154,15 @@ def plot_speed_quality(result: Mapping[str, Any], out: Path) -> None:
     _save(figure, out)
 
 
-def _figure(width: float) -> Figure:
+def _figure(width: float, height: float = 3.4) -> Figure:
     from matplotlib.figure import Figure
 
     # A figure of its own, no pyplot: no display, no global state.
-    return Figure(figsize=(width, 3.4), dpi=110, layout="constrained")
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25, linewidth=0.5)
@@ -171,6 +178,12 @@ def _save(figure: Figure, out: Path) -> None:
     if out.suffix not in (".png", ".svg"):
         raise ConfigError(f"{out.name}: a plot is a .png or a .svg file")
     out.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if out.suffix == ".svg" else {"Software": None}
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "linocut", "path.simplify": True}):
-        figure.savefig(out, metadata=metadata)
+    if out.suffix == ".png":
+        figure.savefig(out, metadata={"Software": None})
+        return
+    text = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "linocut", "font.sans-serif": ["DejaVu Sans"]}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    # Hundredths of a point are not seen, and indentation is a sixth of the file.
+    short = _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}", text.getvalue())
+    out.write_text("\n".join(line.strip() for line in short.splitlines()) + "\n", encoding="utf-8")

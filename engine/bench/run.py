@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,15 @@ from rich.table import Table
 
 from ..config import EngineConfig
 from ..core import EngineCore
+from ..errors import ConfigError
 from ..loading import load_model
+from ..params import ParameterValue
+from .chat import ChatPrompts, read_chat
 from .denoise import copy_bandwidth, measure_denoise, weight_floor_ms
-from .generation import GenerationRow, TransformersPeer, bench_prompts, run_ours
+from .generation import Contender, GenerationRow, Ours, bench_prompts
+from .peers import LlamaPeer, TransformersPeer
 from .shapes import SHAPES, write_shape
+from .turns import Ratio, take_turns
 from .widths import width_forwards
 
 WIDTHS = [1, 4, 8, 16, 32]
@@ -38,31 +43,88 @@ def machine() -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What `bench_model` runs. chat: a file of prompts, of which `count` are drawn; without it, prompts of `length`
+    random ids, where ends of text are ignored.
+    """
+
+    clients: list[int]
+    repeats: int = 3
+    tokens: int = 64
+    length: int = 64
+    chat: Path | None = None
+    count: int = 16
+    ignore_eos: bool = False
+
+
 def bench_model(
-    config: EngineConfig, concurrencies: list[int], tokens: int, prompt: int, repeats: int, peer: bool
+    config: EngineConfig,
+    workload: Workload,
+    strategies: list[dict[str, ParameterValue]] | None,
+    peer: bool,
+    gguf: Path | None = None,
 ) -> dict[str, Any]:
-    """Forward times by width, then generation at each concurrency, in turns with transformers."""
+    """Forward times by width, then generation at each concurrency, all engines in turns.
+
+    strategies: `diffusion` objects; None: those valid on the model, with their defaults.
+    """
     core = EngineCore(load_model(config))
+    contenders, chat = _contenders(core, config, workload, strategies, peer, gguf)
     result: dict[str, Any] = {"machine": machine(), "model": msgspec.to_builtins(core.info)}
     result["width_ms"] = width_forwards(core, WIDTHS)
-    other = TransformersPeer(Path(config.model), core.runner.decoder.dtype, core.runner.state.device) if peer else None
-    rows: list[GenerationRow] = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("generation", total=len(concurrencies) * repeats)
-        for concurrency in concurrencies:
-            prompts = bench_prompts(concurrency, prompt, core.info.vocab_size)
-            taken: dict[str, list[GenerationRow]] = {}
-            for _ in range(repeats):
-                runs = [run_ours(core, strategy, prompts, tokens, strategy) for strategy in core.info.strategies]
-                runs += [other.run(prompts, tokens)] if other else []
-                for row in runs:
-                    taken.setdefault(row.engine, []).append(row)
-                progress.advance(task)
-            rows += [_median(values) for values in taken.values()]
-    result["generation"] = [row.as_dict() for row in rows]
     _print_widths(result["width_ms"])
+    rows: list[GenerationRow] = []
+    ratios: list[Ratio] = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("generation", total=len(workload.clients) * workload.repeats)
+        for concurrency in workload.clients:
+            prompts = chat.ids if chat else bench_prompts(concurrency, workload.length, core.info.vocab_size)
+            ignore_eos = workload.ignore_eos or chat is None
+            found, against = take_turns(
+                contenders,
+                prompts,
+                concurrency,
+                workload.tokens,
+                workload.repeats,
+                ignore_eos,
+                lambda: progress.advance(task),
+            )
+            rows += found
+            ratios += against
+    result["prompts"] = chat.as_dict() if chat else {"source": "random ids", "prompt_tokens": workload.length}
+    result["prompts"] |= {"max_tokens": workload.tokens, "ignore_eos": chat is None or workload.ignore_eos}
+    result["generation"] = [row.as_dict() for row in rows]
+    result["ratios"] = [ratio.as_dict() for ratio in ratios]
     _print_generation(rows)
+    _print_ratios(ratios)
+    if chat is None and "verify" in core.info.strategies:
+        console.print("Random ids say nothing of drafts, which are right or wrong as texts are: name --prompts FILE.")
     return result
+
+
+def _contenders(
+    core: EngineCore,
+    config: EngineConfig,
+    workload: Workload,
+    strategies: list[dict[str, ParameterValue]] | None,
+    peer: bool,
+    gguf: Path | None,
+) -> tuple[list[Contender], ChatPrompts | None]:
+    info, device = core.info, core.runner.state.device
+    room = info.max_model_len - workload.tokens
+    if room < 1:
+        raise ConfigError(f"--tokens: the model's texts have at most {info.max_model_len} tokens, prompt included")
+    folder = Path(config.model)
+    chat = read_chat(workload.chat, folder, workload.count, room) if workload.chat is not None else None
+    asked = strategies or [{"strategy": name} for name in info.strategies]
+    contenders: list[Contender] = [Ours(core, diffusion) for diffusion in asked]
+    if peer:
+        contenders.append(TransformersPeer(folder, core.runner.decoder.dtype, device, info.stop_ids))
+    if gguf is not None:
+        longest = max(map(len, chat.ids)) if chat else workload.length
+        contenders.append(LlamaPeer(gguf, longest + workload.tokens + 1, device, info.stop_ids))
+    return contenders, chat
 
 
 def bench_shape(
@@ -99,11 +161,6 @@ def write_json(result: dict[str, Any], path: Path | None) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _median(rows: list[GenerationRow]) -> GenerationRow:
-    middle = sorted(rows, key=lambda row: row.tokens_per_second)[len(rows) // 2]
-    return replace(middle, first_token_s=sorted(row.first_token_s for row in rows)[len(rows) // 2])
-
-
 def _print_widths(width_ms: dict[int, float]) -> None:
     table = Table("positions", *map(str, width_ms), title="one forward, one sequence, 256 cached positions")
     table.add_row("ms", *(f"{ms:.1f}" for ms in width_ms.values()))
@@ -111,10 +168,23 @@ def _print_widths(width_ms: dict[int, float]) -> None:
 
 
 def _print_generation(rows: list[GenerationRow]) -> None:
-    table = Table("engine", "clients", "tokens/s", "first token s", "tokens/forward", title="generation")
+    headings = ("engine", "clients", "tokens/s", "first token s", "tokens/forward", "tokens", "same text")
+    table = Table(title="generation, prefill included")
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading == "engine")
     for row in rows:
-        numbers = (f"{row.tokens_per_second:.1f}", f"{row.first_token_s:.2f}", f"{row.tokens_per_forward:.2f}")
-        table.add_row(row.engine, str(row.concurrency), *numbers)
+        numbers = (f"{row.tokens_per_second:.1f}", f"{row.first_token_s:.3f}", f"{row.tokens_per_forward:.2f}")
+        same = "-" if row.same_text is None else f"{row.same_text:.0%}"
+        table.add_row(row.engine, str(row.concurrency), *numbers, str(row.tokens), same)
+    console.print(table)
+
+
+def _print_ratios(ratios: list[Ratio]) -> None:
+    if not ratios:
+        return
+    table = Table("engine", "clients", "tokens/s", "tokens/forward", title="against linocut autoregressive")
+    for ratio in ratios:
+        table.add_row(ratio.engine, str(ratio.concurrency), f"{ratio.speed:.2f}", f"{ratio.forwards:.2f}")
     console.print(table)
 
 
@@ -128,4 +198,4 @@ def _cpu_name() -> str:
     )
 
 
-__all__ = ["SHAPES", "bench_model", "bench_shape", "write_json"]
+__all__ = ["SHAPES", "Workload", "bench_model", "bench_shape", "write_json"]

@@ -95,10 +95,13 @@ def advance(
     if frontier:
         start = view.start + torch.where(whole, leading, 0).int()
         # The last token is fed again: its row predicts the next position.
-        final_len = torch.where(whole, start - 1, done)
+        final_len = torch.where(whole, start, torch.minimum(done + 1, view.start)) - 1
     else:
         moved = complete & whole
         start = view.start + torch.where(moved, traits.block_size, 0).int()
+        if traits.commit_opens:
+            # A chunk leaves the row that opens to the step that asks it.
+            done = torch.where(whole, done, torch.minimum(done, span.clean_end - 1))
         final_len = torch.maximum(view.final_len, done)
         refined = whole & ~span.seeding
         state.step[view.slots] = torch.where(moved, 0, view.step + refined.int()).int()

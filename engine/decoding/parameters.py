@@ -182,6 +182,9 @@ def _check_block(traits: Traits, values: dict[str, ParameterValue]) -> None:
     size = values.get("sub_block_size")
     if isinstance(size, int) and (size > traits.block_size or traits.block_size % size):
         raise ParameterError("diffusion.sub_block_size", f"must divide the model's block size {traits.block_size}")
+    if values.get("sub_block_cache") and traits.context == "token-causal":
+        why = "applies to block-causal models: here decided tokens are final as soon as all before them are"
+        raise ParameterError("diffusion.sub_block_cache", why)
     steps = values.get("denoising_steps")
     if isinstance(steps, int) and steps > traits.block_size:
         raise ParameterError("diffusion.denoising_steps", f"must not exceed the model's block size {traits.block_size}")

@@ -56,7 +56,7 @@ class Verify:
             clean_end=view.start,
             targets=offsets <= torch.minimum(count, view.limit - view.start - 1)[:, None],
             seeding=torch.zeros_like(view.fresh),
-            opening=torch.zeros_like(view.fresh),
+            opening=torch.zeros_like(view.decided),
             segments=segments,
         )
 

@@ -38,8 +38,8 @@ class Span:
 
     run_start, run_end: [rows] int32. clean_end: [rows] int32, rows below it hold final tokens, so that their K/V is
     final after the forward. targets: [rows, W] bool, window positions whose statistics are needed. seeding: [rows]
-    bool, the only target is the block's first position, which the clean forward before it predicts. opening: [rows]
-    bool, the first target is predicted by a clean row.
+    bool, the only target is the block's first position, which the clean forward before it predicts. opening: [rows,
+    W] bool, targets that a clean row predicts.
     segments: [rows, S] int32 or None: draft segments behind the span, in order; each holds the number of drafts that
     its masks see, -1 where there is none.
     """

@@ -34,11 +34,13 @@ class Gate:
     def __init__(self, noisy: Tensor, dtype: torch.dtype) -> None:
         """noisy: [tokens] bool."""
         self.rows: Tensor | slice | None = None
+        self.closed = False  # on the CPU: no row is noisy
         if noisy.device.type == "cpu":
             # Reading the flags costs a CPU nothing, and skipping rows saves their work.
             rows = noisy.nonzero()[:, 0]
             first, count = int(rows[0]) if len(rows) else 0, len(rows)
-            together = count == 0 or int(rows[-1]) - first + 1 == count
+            self.closed = count == 0
+            together = self.closed or int(rows[-1]) - first + 1 == count
             self.rows = slice(first, first + count) if together else rows
         else:
             self.factor = noisy[:, None].to(dtype)
@@ -54,6 +56,8 @@ class Adapter:
 
     def add(self, y: Tensor, x: Tensor, gate: Gate) -> Tensor:
         """x: [tokens, in], y: [tokens, out], changed in place on the CPU; the sum is returned."""
+        if gate.closed:
+            return y
         if gate.rows is None:
             return y + self._up(self._down(x) * gate.factor)
         if isinstance(gate.rows, slice):

@@ -12,7 +12,7 @@ from converted import converted_folder
 from tiny_engines import Answers, change_logits, engine, prompt_of, request, run
 
 from linocut.engine.core import EngineCore
-from linocut.engine.errors import ModelError
+from linocut.engine.errors import ModelError, ParameterError
 from linocut.engine.family import family_from_config
 
 # Temperatures, filters and penalties of the end: what a text may depend on.
@@ -210,6 +210,13 @@ def test_a_strange_linocut_object_is_refused(own: dict[str, Any], message: str) 
     fields = {"context": "token-causal", "logit_source": "previous", "block_size": 4, "mask_token_id": 16, **own}
     with pytest.raises(ModelError, match=message):
         family_from_config({"model_type": "llama", "vocab_size": 320, "linocut": fields})
+
+
+def test_a_sub_block_cache_has_no_place_here(tmp_path: Path) -> None:
+    core = core_of(converted_folder(tmp_path))
+    with pytest.raises(ParameterError) as error:
+        request(core, "a", prompt_of(9), 8, {"strategy": "threshold", "sub_block_cache": True})
+    assert error.value.param == "diffusion.sub_block_cache"
 
 
 def test_an_adapter_of_another_rank_or_none_is_refused(tmp_path: Path) -> None:
