@@ -29,9 +29,11 @@ def test_a_question_is_answered(client: openai.OpenAI, model: str) -> None:
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 8  # the words, the full stop, the end of the turn
+    forwards = answer.usage.diffusion["forwards"]
+    assert 2 <= forwards < 8
     assert answer.usage.diffusion == {
-        "forwards": 8,
-        "tokens_per_forward": 1.0,
+        "forwards": forwards,
+        "tokens_per_forward": round(8 / forwards, 4),
         "positions": answer.usage.diffusion["positions"],
     }
 
@@ -57,7 +59,9 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI, model: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_jacobi_gives_the_autoregressive_text(client: openai.OpenAI, model: str, temperature: float) -> None:
+def test_what_drafts_and_verifies_gives_the_autoregressive_text(
+    client: openai.OpenAI, model: str, temperature: float
+) -> None:
     texts = {
         strategy: client.chat.completions.create(
             model=model,
@@ -67,9 +71,22 @@ def test_jacobi_gives_the_autoregressive_text(client: openai.OpenAI, model: str,
             max_tokens=24,
             extra_body={"diffusion": {"strategy": strategy}},
         ).choices[0]
-        for strategy in ("autoregressive", "jacobi")
+        for strategy in ("autoregressive", "jacobi", "verify", None)
     }
-    assert texts["jacobi"].message.content == texts["autoregressive"].message.content
+    assert len({text.message.content for text in texts.values()}) == 1
+
+
+def test_blocks_are_decoded_too(client: openai.OpenAI, model: str) -> None:
+    answer = client.chat.completions.create(
+        model=model,
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=32,
+        extra_body={"diffusion": {"strategy": "threshold", "threshold": 0.7}},
+    )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.usage is not None
+    assert answer.usage.diffusion["tokens_per_forward"] > 1
 
 
 def test_a_seed_repeats_a_sample_and_another_one_does_not(client: openai.OpenAI, model: str) -> None:
@@ -141,8 +158,9 @@ def test_greedy_text_does_not_depend_on_the_neighbours(client: openai.OpenAI, mo
         ({"logprobs": True}, "logprobs"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"diffusion": {"strategy": "threshold"}}, "diffusion.strategy"),
-        ({"diffusion": {"draft_length": 8}}, "diffusion.draft_length"),
+        ({"diffusion": {"strategy": "guess"}}, "diffusion.strategy"),
+        ({"diffusion": {"draft_length": 13}}, "diffusion.draft_length"),
+        ({"diffusion": {"threshold": 0.5}}, "diffusion.threshold"),
         ({"temperature": -1}, "temperature"),
     ],
 )

@@ -187,6 +187,21 @@ def test_final_rows_do_not_feel_the_adapter(tmp_path: Path) -> None:
     assert core.info.strategies == ("verify", "threshold", "static", "autoregressive", "jacobi")
 
 
+@pytest.mark.parametrize("length", [4, 5, 6, 7, 8, 17, 40])
+def test_a_block_goes_on_as_the_autoregressive_model_would(tmp_path: Path, length: int) -> None:
+    """One position a forward from the left: each comes from the clean row before it, wherever the prompt ends."""
+    core = core_of(converted_folder(tmp_path, draft_head=0.3))
+    left_to_right = {"strategy": "static", "order": "sequential"}
+    for sampling in SAMPLING[:5]:
+        both = [
+            run(core, [request(core, "a", prompt_of(length), 23, diffusion, **sampling)])["a", 0]
+            for diffusion in (left_to_right, {"strategy": "autoregressive"})
+        ]
+        assert both[0].tokens[0] == both[1].tokens[0]
+        if not sampling.get("temperature"):
+            assert both[0].text == both[1].text
+
+
 def test_masks_do_feel_it(tmp_path: Path) -> None:
     gated, bare = (core_of(converted_folder(tmp_path / str(g), gated=g)) for g in (True, False))
     wide = {"strategy": "static", "denoising_steps": 1}
