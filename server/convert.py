@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -99,13 +100,17 @@ def polish(
     model: Annotated[Path, typer.Argument(help="The converted folder.")],
     original: Annotated[str, typer.Argument(help="The model it was converted from.")],
     out: Annotated[Path, typer.Argument(help="Where the polished folder goes.")],
+    answers: Annotated[
+        list[str] | None, typer.Option(help="Folders of answers, whose prompts are rolled out again; repeatable.")
+    ] = None,
     prompts: Prompts = None,
     max_seconds: Seconds = None,
     settings: Set = None,
 ) -> None:
     """Train on the converted model's own roll-outs (certainty forcing)."""
     _prepare()
-    _polish(model, original, out, prompts, {"max_seconds": max_seconds} | split_stages(settings, None)[""])
+    options: dict[str, Any] = {"data": answers or [], "max_seconds": max_seconds}
+    _polish(model, original, out, prompts, options | split_stages(settings, None)[""])
 
 
 @app.command()
@@ -168,7 +173,9 @@ def run(
     if polish_seconds > 0:
         final = polished
         if not (polished / "config.json").is_file():
-            _polish(base, model, polished, prompts, {"max_seconds": polish_seconds} | stages["polish"])
+            # On the prompts of the answers, so that nothing the answers leave out comes in again.
+            options = {"data": [str(answers)], "max_seconds": polish_seconds} | stages["polish"]
+            _polish(base, model, polished, None, options)
         else:
             _echo("polish", "complete")
     if held_out:
@@ -216,6 +223,18 @@ def _adapt(model: str, answers: list[str], work: Path, out: Path, devices: int |
         _on_all(settings, work, count)
     else:
         stage(settings)
+    _plot_training(work)
+
+
+def _plot_training(work: Path) -> None:
+    """Draw what the log holds, where matplotlib is installed (the extra `train`)."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is not None:
+        from linocut.training.plots import plot_training
+
+        with contextlib.suppress(ConfigError):  # too short a run for a curve
+            plot_training(work / "log.jsonl", work / "training.svg")
 
 
 def _on_all(settings: Any, work: Path, count: int) -> None:
@@ -242,20 +261,13 @@ def _adapted(work: Path, out: Path) -> bool:
 
 
 def _polish(model: Path, original: str, out: Path, prompts: list[str] | None, options: dict[str, Any]) -> None:
-    from importlib import import_module
-
     from linocut.engine.models.source import resolve_model
-
-    try:
-        module = import_module("linocut.training.polish")
-    except ModuleNotFoundError as error:
-        if error.name != "linocut.training.polish":
-            raise
-        raise ConfigError("this version has no polish stage") from None
+    from linocut.training.polish import PolishSettings
+    from linocut.training.polish import polish as stage
 
     files = [str(file.path) for file in prompt_files(prompts)]
     fixed = {"model": str(model), "base": str(resolve_model(original)), "prompts": files, "output": str(out)}
-    module.polish(options_from(module.PolishSettings, fixed, options))
+    stage(options_from(PolishSettings, fixed, options))
 
 
 def _evaluate(model: Path, original: str, prompts: list[Path], out: Path, options: dict[str, Any]) -> None:

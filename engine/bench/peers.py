@@ -78,7 +78,7 @@ class LlamaPeer:
         except ValueError as error:
             raise ConfigError(f"llama.cpp cannot load {path}: {error}") from None
         self._stops = stops
-        self.name = f"llama.cpp {path.name}"
+        self.name = "llama.cpp"
         self.most: int | None = 1
 
     def run(self, prompts: list[list[int]], tokens: int, ignore_eos: bool) -> Wave:

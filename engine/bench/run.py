@@ -94,6 +94,8 @@ def bench_model(
             ratios += against
     result["prompts"] = chat.as_dict() if chat else {"source": "random ids", "prompt_tokens": workload.length}
     result["prompts"] |= {"max_tokens": workload.tokens, "ignore_eos": chat is None or workload.ignore_eos}
+    if gguf is not None:
+        result["gguf"] = gguf.name
     result["generation"] = [row.as_dict() for row in rows]
     result["ratios"] = [ratio.as_dict() for ratio in ratios]
     _print_generation(rows)
@@ -168,21 +170,19 @@ def _print_widths(width_ms: dict[int, float]) -> None:
 
 
 def _print_generation(rows: list[GenerationRow]) -> None:
-    headings = ("engine", "clients", "tokens/s", "first token s", "tokens/forward", "tokens", "same text")
-    table = Table(title="generation, prefill included")
-    for heading in headings:
-        table.add_column(heading, no_wrap=heading == "engine")
+    headings = ("engine", "clients", "tokens/s", "first token s", "tokens a forward", "same text")
+    table = Table(*headings, title="generation, prefill included")
     for row in rows:
         numbers = (f"{row.tokens_per_second:.1f}", f"{row.first_token_s:.3f}", f"{row.tokens_per_forward:.2f}")
         same = "-" if row.same_text is None else f"{row.same_text:.0%}"
-        table.add_row(row.engine, str(row.concurrency), *numbers, str(row.tokens), same)
+        table.add_row(row.engine, str(row.concurrency), *numbers, same)
     console.print(table)
 
 
 def _print_ratios(ratios: list[Ratio]) -> None:
     if not ratios:
         return
-    table = Table("engine", "clients", "tokens/s", "tokens/forward", title="against linocut autoregressive")
+    table = Table("engine", "clients", "tokens/s", "tokens a forward", title="against linocut autoregressive")
     for ratio in ratios:
         table.add_row(ratio.engine, str(ratio.concurrency), f"{ratio.speed:.2f}", f"{ratio.forwards:.2f}")
     console.print(table)

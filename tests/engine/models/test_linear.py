@@ -24,7 +24,8 @@ from linocut.engine.models.linear import (
 SHAPES = [(576, 960), (576, 576), (576, 3072), (1536, 576), (33, 7), (1, 5)]  # (in, out)
 
 needs_fbgemm = pytest.mark.skipif(not module._has_fbgemm(), reason="this CPU has no FBGEMM kernels")
-needs_onednn = pytest.mark.skipif(not module._has_onednn(), reason="this CPU has no oneDNN kernels")
+needs_onednn = pytest.mark.skipif(not module._has_onednn(torch.float32), reason="this CPU has no oneDNN kernels")
+needs_bfloat16 = pytest.mark.skipif(not module._has_onednn(torch.bfloat16), reason="this CPU has no bfloat16 kernels")
 PACKED = [
     pytest.param(HalfLinear, marks=needs_fbgemm),
     pytest.param(OneDnnLinear, marks=needs_onednn),
@@ -54,14 +55,17 @@ class TestChoice:
 
     def test_without_the_libraries_torch_does_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_has_fbgemm", lambda: False)
-        monkeypatch.setattr(module, "_has_onednn", lambda: False)
+        monkeypatch.setattr(module, "_has_onednn", lambda dtype: False)
         assert isinstance(pack_linear(half_weight(8, 8), None, "none"), DenseLinear)
         with pytest.raises(ConfigError, match="int8 needs an x86 CPU with AVX2"):
             pack_linear(half_weight(8, 8), None, "int8")
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_is_torchs_own(self, dtype: torch.dtype) -> None:
-        weight, x = torch.randn(24, 16).to(dtype), torch.randn(3, 16).to(dtype)
+    @needs_bfloat16
+    def test_bfloat16_is_packed(self) -> None:
+        assert isinstance(pack_linear(torch.randn(24, 16).bfloat16(), None, "none"), OneDnnLinear)
+
+    def test_float16_is_torchs_own(self) -> None:
+        weight, x = torch.randn(24, 16).half(), torch.randn(3, 16).half()
         packed = pack_linear(weight, None, "none")
         assert isinstance(packed, DenseLinear)
         assert torch.equal(packed(x), linear(x, weight))
@@ -132,6 +136,32 @@ def test_a_row_depends_on_no_other(kind: Any, inputs: int, outputs: int, threads
         assert torch.equal(layer(spoilt)[kept], alone[kept])
     finally:
         torch.set_num_threads(before)
+
+
+@needs_bfloat16
+class TestBfloat16:
+    @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("rows", [0, 1, 2, 7, 16, 121])
+    def test_exact_to_the_rounding_of_the_result(self, rows: int, bias: bool, inputs: int, outputs: int) -> None:
+        weight, x = (torch.randn(outputs, inputs) * 0.05).bfloat16(), torch.randn(rows, inputs).bfloat16()
+        b = torch.randn(outputs).bfloat16() if bias else None
+        found = OneDnnLinear(weight, b)(x)
+        exact = linear(x.double(), weight.double(), None if b is None else b.double())
+        assert found.shape == (rows, outputs)
+        assert found.dtype == torch.bfloat16
+        sums = linear(x.double().abs(), weight.double().abs()) + (0 if b is None else b.double().abs())
+        # Sums in float32, rounded once or, with a bias, twice.
+        assert bool(((found - exact).abs() <= 2.0**-7 * exact.abs() + 2.0**-15 * sums).all())
+
+    @pytest.mark.parametrize(("inputs", "outputs"), [(576, 960), (1536, 576), (577, 65)])
+    def test_a_row_is_the_same_beside_a_few_others(self, inputs: int, outputs: int) -> None:
+        """As many as one sequence feeds a step, so that drafts and the last token meet the same arithmetic."""
+        layer = OneDnnLinear((torch.randn(outputs, inputs) * 0.05).bfloat16(), None)
+        x = torch.randn(240, inputs).bfloat16()
+        alone = torch.cat([layer(x[i : i + 1]) for i in range(len(x))])
+        for rows in (2, 3, 4, 5, 8, 12, 15, 20):
+            assert torch.equal(torch.cat([layer(part) for part in x.split(rows)]), alone), f"{rows} rows"
 
 
 @needs_fbgemm
