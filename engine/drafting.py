@@ -14,6 +14,7 @@ from .decoding.parameters import MAX_DRAFT
 from .decoding.view import RowView, WindowStatistics
 from .models.decoder import Decoder
 from .models.draft_head import DraftHead
+from .models.linear import Linear
 from .sampling import CHUNK, Sampler, SamplingFlags
 from .state import RowState
 
@@ -56,7 +57,8 @@ class Drafter:
             token, confidence = self._sampler.propose(state, hidden, rows, None, self._decoder.logits, flags)
             token, confidence = token.view_as(valid), confidence.view_as(valid)
         else:
-            proposals = self._proposals(state, hidden, rows, flags)
+            to_logits = self._decoder.draft_head.quick_logits or self._decoder.head
+            proposals = self._proposals(state, hidden, rows, flags, to_logits)
             tokens, confidences = [], []
             for index in torch.arange(rows.source.shape[0], device=slots.device).view_as(valid).unbind(1):
                 last, sure = self._choose(self._decoder.draft_head, state, proposals, rows, index, last, flags)
@@ -88,7 +90,7 @@ class Drafter:
         opening: [rows, W] bool, positions that a clean row predicted: these stay as they are. The confidence of a
         proposal behind another one is that of both being right.
         """
-        proposals = self._proposals(state, hidden, rows, flags)
+        proposals = self._proposals(state, hidden, rows, flags, self._decoder.head)
         tokens: list[Tensor] = []
         confidences: list[Tensor] = []
         before = sure = statistics.token[:, 0]
@@ -106,12 +108,14 @@ class Drafter:
             sure = torch.where(decided | opening[:, offset], 1.0, joint)
         return WindowStatistics(statistics.candidates, torch.stack(tokens, dim=1), torch.stack(confidences, dim=1))
 
-    def _proposals(self, state: RowState, hidden: Tensor, rows: LogitRows, flags: SamplingFlags) -> _Proposals:
+    def _proposals(
+        self, state: RowState, hidden: Tensor, rows: LogitRows, flags: SamplingFlags, to_logits: Linear
+    ) -> _Proposals:
         parts = []
         for at in range(0, rows.source.shape[0], CHUNK):
             part = rows.at(slice(at, at + CHUNK))
             normed = self._decoder.normed(hidden[part.source])
-            logits = self._decoder.head(normed)
+            logits = to_logits(normed)
             self._sampler.ban(state, logits, part.slot, part.position, flags)
             values, top = logits.topk(CANDIDATES, dim=1)
             covered = (values.float().logsumexp(1) - logits.float().logsumexp(1)).exp()

@@ -21,7 +21,7 @@ from .config import EngineConfig
 from .decoding.parameters import resolve, strategies_for
 from .errors import ConfigError, ModelError, ParameterError
 from .family import FamilyTraits, family_from_config
-from .machine import choose_device, choose_dtype, page_count
+from .machine import choose_device, choose_dtype, page_count, row_share
 from .messages import ModelInfo
 from .models.backbone import Backbone, backbone_from_config
 from .models.decoder import Decoder, allocate_cache
@@ -126,6 +126,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         traits,
         reference=config.numerics == "reference",
         graphs=device.type == "cuda" and backend == "triton" and not config.eager,
+        row_share=row_share(device, dtype, config.quantization),
     )
     pool = PagePool(pages)
     fingerprint = f"{traits.context}/{traits.block_size}/start"

@@ -21,9 +21,6 @@ from .plan import RowPlan, RowReport, StepPlan
 from .sampling import Sampler, SamplingFlags, to_window
 from .state import RowState, admit_rows, grant_pages, is_greedy
 
-# How much longer a forward takes for one more position, as measured with SmolLM2-135M (see `marginal_cost`).
-ROW_SHARE = {"cpu": 0.04, "cuda": 0.003}
-
 
 @dataclass
 class Group:
@@ -50,6 +47,8 @@ class Forward:
 class ModelRunner:
     """Holds the weights, the K/V pages and the row state of one device, and turns plans into reports.
 
+    row_share: how much longer a forward takes for one more position (see `marginal_cost`).
+
     Within `execute` nothing waits for the device; the one copy to the host is the report at its end.
     """
 
@@ -62,10 +61,11 @@ class ModelRunner:
         *,
         reference: bool,
         graphs: bool = False,
+        row_share: float = 0.003,
     ) -> None:
         self.decoder, self.cache, self.state, self.traits = decoder, cache, state, traits
         self.graphs = ForwardGraphs(decoder, cache) if graphs else None
-        self.row_share = ROW_SHARE[state.device.type]
+        self.row_share = row_share
         self.reference = reference
         self.strategies = strategies(reference)
         self.stop_at_block_end = reference and traits.logit_source == "own"

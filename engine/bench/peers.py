@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class LlamaPeer:
         if not path.is_file():
             raise ConfigError(f"--gguf: there is no file {path}")
         try:
-            from llama_cpp import Llama
+            Llama = importlib.import_module("llama_cpp").Llama
         except ImportError:
             raise ConfigError("--gguf needs the package llama-cpp-python") from None
         threads = torch.get_num_threads()

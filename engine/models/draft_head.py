@@ -6,11 +6,15 @@ and the token before its target, couples them (cf. the sampler head of arXiv 250
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
+from ..errors import ConfigError
 from .adapter import Weights
+from .linear import Linear, pack_linear
 
 
 class DraftHead:
@@ -20,6 +24,11 @@ class DraftHead:
         """inputs: [hidden, 2 * hidden], outputs: [hidden, hidden]; words, head: the embedding and the vocabulary head,
         [vocab, hidden]."""
         self._inputs, self._outputs, self._words, self._head = inputs, outputs, words, head
+        # Candidates are guesses, for which a CPU reads half of the bytes: drafts are verified by exact rows.
+        self.quick_logits: Linear | None = None
+        if head.device.type == "cpu":
+            with contextlib.suppress(ConfigError):
+                self.quick_logits = pack_linear(head, None, "int8")
 
     def scores(self, hidden: Tensor, last: Tensor, candidates: Tensor) -> Tensor:
         """hidden: [rows, hidden], final-normed; last: [rows] ids; candidates: [rows, K] ids. Returns [rows, K]."""

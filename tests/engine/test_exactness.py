@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 from kv_check import KVCheck
@@ -123,7 +124,7 @@ def test_with_plans_that_reserve_more_than_the_rows_turn_out_to_need(family: str
             if not row.targets:
                 return row
             targets = max(row.targets, min(row.targets + index % 3, BLOCK[family]))
-            return replace(row, width=row.width + index % 4, targets=targets)
+            return msgspec.structs.replace(row, width=row.width + index % 4, targets=targets)
 
         return execute(replace(plan, rows=[widened(index, row) for index, row in enumerate(plan.rows)]))
 
