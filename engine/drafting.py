@@ -61,7 +61,7 @@ class Drafter:
             proposals = self._proposals(state, hidden, rows, flags, to_logits)
             tokens, confidences = [], []
             for index in torch.arange(rows.source.shape[0], device=slots.device).view_as(valid).unbind(1):
-                last, sure = self._choose(self._decoder.draft_head, state, proposals, rows, index, last, flags)
+                last, sure = self._draw(self._decoder.draft_head, state, proposals, rows, index, last, flags)
                 tokens.append(last)
                 confidences.append(sure)
             token, confidence = torch.stack(tokens, dim=1), torch.stack(confidences, dim=1)
@@ -88,9 +88,13 @@ class Drafter:
 
         rows: of the whole forward; index: [rows of the group, W] int64, the entry of `rows` for a window position.
         opening: [rows, W] bool, positions that a clean row predicted: these stay as they are. The confidence of a
-        proposal behind another one is that of both being right.
+        proposal behind another one is that of both being right. Rows that sample, and those that ask for the
+        probability after filters, keep the proposals as they are: the head knows a few candidates only.
         """
-        proposals = self._proposals(state, hidden, rows, flags, self._decoder.head)
+        asks = rows.at(index.flatten())
+        proposals = self._proposals(state, hidden, asks, flags, self._decoder.head)
+        entries = torch.arange(index.numel(), device=index.device).view_as(index)
+        plain = ~(state.temperature[view.slots] > 0) & ~view.parameters["confidence"]
         tokens: list[Tensor] = []
         confidences: list[Tensor] = []
         before = sure = statistics.token[:, 0]
@@ -98,9 +102,10 @@ class Drafter:
             token, joint = statistics.token[:, offset], statistics.confidence[:, offset]
             # A block's first position has nothing before it in the window: what its row says by itself stands.
             if offset:
-                chosen, alone = self._choose(head, state, proposals, rows, index[:, offset], before, flags)
-                token = torch.where(opening[:, offset], token, chosen)
-                joint = torch.where(opening[:, offset], joint, alone * sure)
+                chosen, alone = self._choose(head, proposals, entries[:, offset], before)
+                coupled = plain & ~opening[:, offset]
+                token = torch.where(coupled, chosen, token)
+                joint = torch.where(coupled, alone * sure, joint)
             tokens.append(token)
             confidences.append(torch.where(statistics.candidates[:, offset], joint, -torch.inf))
             decided = view.decided[:, offset]
@@ -122,7 +127,15 @@ class Drafter:
             parts.append((normed, top, covered))
         return _Proposals(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
-    def _choose(
+    def _choose(self, head: DraftHead, proposals: _Proposals, index: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The best candidate of the entries `index` ([n]) behind the ids `last` ([n]), and its probability."""
+        candidates = proposals.top[index]
+        scores = head.scores(proposals.normed[index], last, candidates)
+        best = scores.argmax(dim=1, keepdim=True)
+        confidence = scores.float().softmax(dim=1).gather(1, best)[:, 0]
+        return candidates.gather(1, best)[:, 0], confidence * proposals.covered[index]
+
+    def _draw(
         self,
         head: DraftHead,
         state: RowState,
@@ -132,17 +145,15 @@ class Drafter:
         last: Tensor,
         flags: SamplingFlags,
     ) -> tuple[Tensor, Tensor]:
-        """Choose among the candidates of the entries `index` ([n]) behind the ids `last` ([n])."""
-        candidates, asked = proposals.top[index], rows.at(index)
+        """`_choose`, but rows that sample draw one of the candidates as their verification will draw."""
+        token, confidence = self._choose(head, proposals, index, last)
+        if not flags.sampled:
+            return token, confidence
+        asked, candidates = rows.at(index), proposals.top[index]
         scores = head.scores(proposals.normed[index], last, candidates)
-        best = scores.argmax(dim=1, keepdim=True)
-        token = candidates.gather(1, best)[:, 0]
-        confidence = scores.float().softmax(dim=1).gather(1, best)[:, 0]
-        if flags.sampled or flags.filtered_confidence:
-            # Noise belongs to ids, so the candidates go to their places in the vocabulary.
-            vocabulary = self._decoder.backbone.vocab
-            spread = scores.new_full((index.shape[0], vocabulary), -torch.inf).scatter_(1, candidates, scores)
-            drawn, sure = self._sampler.choose(state, spread, asked, None, flags)
-            other = (state.temperature[asked.slot] > 0) | state.parameters["confidence"][asked.slot]
-            token, confidence = torch.where(other, drawn, token), torch.where(other, sure, confidence)
-        return token, confidence * proposals.covered[index]
+        # Noise belongs to ids, so the candidates go to their places in the vocabulary.
+        spread = scores.new_full((index.shape[0], self._decoder.backbone.vocab), -torch.inf)
+        drawn, sure = self._sampler.choose(state, spread.scatter_(1, candidates, scores), asked, None, flags)
+        sampled = state.temperature[asked.slot] > 0
+        sure = sure * proposals.covered[index]
+        return torch.where(sampled, drawn, token), torch.where(sampled, sure, confidence)

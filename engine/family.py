@@ -138,7 +138,12 @@ def _converted(
         raise ModelError(f"config.json's linocut object holds what is no number: {error}") from None
     if context not in ("token-causal", "block-causal") or source not in ("own", "previous") or size < 1:
         raise ModelError(f"config.json's linocut object is not valid: {context!r}, {source!r}, block size {size}")
-    gated = own.get("adapter") is not None
+    adapter = own.get("adapter")
+    gated = adapter is not None
+    if gated and (not isinstance(adapter, dict) or adapter.get("gate") != "noisy"):
+        raise ModelError("config.json's linocut.adapter has no gate that is known (noisy is)")
+    if gated and context != "token-causal":
+        raise ModelError("config.json's linocut.adapter needs the context token-causal")
     return FamilyTraits("linocut", context, source, size, size, mask, stops, banned, gated=gated)
 
 

@@ -97,7 +97,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         backend=backend,
         adapter_rank=_adapter_rank(raw) if traits.gated else 0,
         mask_id=traits.mask_id,
-        draft_head=traits.gated and not config.random_weights and "draft_head.input" in weights,
+        draft_head=not config.random_weights and "draft_head.input" in weights,
     )
     pages = page_count(config, backbone, traits, dtype, device)
     # The longest request must fit the pool by itself, its last block included; page 0 is padding.

@@ -137,7 +137,8 @@ class Scheduler:
         """The whole next step if the budget has room for it, else as many whole blocks of clean tokens as fit."""
         if sequence.width + sequence.scratch <= budget:
             return sequence.width
-        unit = sequence.block_size
+        # A frontier needs no grid.
+        unit = 1 if sequence.feed else sequence.block_size
         return min(sequence.clean // unit, budget // unit) * unit
 
     def _row(self, sequence: Sequence, width: int) -> RowPlan:

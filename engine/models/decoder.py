@@ -70,8 +70,8 @@ def allocate_cache(backbone: Backbone, pages: int, page_size: int, dtype: torch.
 class Decoder:
     """Weights of one backbone and its forward. RMSNorm rounds as the family's own code does (`fused_norm`).
 
-    adapter_rank: of the gated adapter among `weights`, 0 where there is none. mask_id: the row of the embedding that
-    the adapter's own mask embedding replaces.
+    adapter_rank: of the gated adapter among `weights`, 0 where there is none. mask_id: the id whose embedding on
+    rows that are not final is the adapter's own.
     """
 
     def __init__(
@@ -109,9 +109,8 @@ class Decoder:
         # The head stays exact also under int8: its argmax is the product.
         self.head = pack_linear(head, None, "none")
         self.draft_head = read_draft_head(weights, b.hidden, self.embedding, head) if draft_head else None
-        if adapter_rank and mask_id is not None:
-            # Where the head is tied, its row of the mask changes too: the mask is never chosen.
-            self.embedding[mask_id] = weights.get(MASK_EMBEDDING, (b.hidden,))
+        self.mask_id = mask_id
+        self.mask_embedding = weights.get(MASK_EMBEDDING, (b.hidden,)) if adapter_rank else None
 
         def linear(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
             weight = torch.cat([weights.get(f"{name}.weight", (rows, inputs)) for name, rows in names])
@@ -167,6 +166,10 @@ class Decoder:
         gate = Gate(noisy, self.dtype) if noisy is not None and self.layers[0].adapters is not None else None
         sizes = [b.heads, b.kv_heads, b.kv_heads]
         residual = torch.nn.functional.embedding(ids, self.embedding)
+        if noisy is not None and self.mask_embedding is not None:
+            # A mask id in a prompt is a final token like any other.
+            masks = noisy & (ids == self.mask_id)
+            residual = torch.where(masks[:, None], self.mask_embedding, residual)
         x = rms_norm(residual, self.layers[0].input_norm, b.norm_eps, self.fused_norm, backend=self.backend)
         for index, layer in enumerate(self.layers):
             adapters = layer.adapters if gate is not None else None

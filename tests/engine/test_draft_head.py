@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from converted import converted_folder
+from safetensors.torch import load_file, save_file
 from tiny_engines import Answers, engine, prompt_of, request, run
 
 from linocut.engine.core import EngineCore
+from linocut.engine.messages import AddRequest
 
 SAMPLING: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.1, "seed": 4, "top_p": 0.8}]
 DIFFUSION: list[dict[str, Any]] = [
@@ -26,13 +29,14 @@ def core_of(folder: Path, draft_head: float | None, **own: Any) -> EngineCore:
     )
 
 
-def serve(core: EngineCore, diffusion: list[dict[str, Any]], **options: Any) -> Answers:
-    requests = [
-        request(core, f"{at}/{kind}", prompt_of(6 + 5 * kind + at, seed=kind), 24 + at, diffusion[at], **sampling)
-        for at in range(len(diffusion))
-        for kind, sampling in enumerate(SAMPLING)
-    ]
-    return run(core, requests, **options)
+def request_of(core: EngineCore, at: int, kind: int, diffusion: dict[str, Any], n: int = 1) -> AddRequest:
+    prompt = prompt_of(6 + 5 * kind + at, seed=kind)
+    return request(core, f"{at}/{kind}", prompt, 24 + at, diffusion, n=n, **SAMPLING[kind])
+
+
+def serve(core: EngineCore, diffusion: list[dict[str, Any]], n: int = 1) -> Answers:
+    kinds = range(len(SAMPLING))
+    return run(core, [request_of(core, at, kind, rule, n) for at, rule in enumerate(diffusion) for kind in kinds])
 
 
 def texts(answers: Answers) -> dict[tuple[str, int], list[int]]:
@@ -67,17 +71,51 @@ def test_a_proposal_behind_another_one_is_as_sure_as_both(tmp_path: Path) -> Non
     assert any(before < after for before, after in forwards)
 
 
+def test_sampled_blocks_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None:
+    """The head knows a few candidates; what a request asks of sampling holds with it as without."""
+    rule = {"strategy": "threshold", "threshold": 0.3}
+    for sampling in ({"temperature": 1.5, "seed": 1}, {"top_k": 1, "confidence": "filtered"}):
+        asked = {**rule, **({"confidence": sampling["confidence"]} if "confidence" in sampling else {})}
+        options = {name: value for name, value in sampling.items() if name != "confidence"}
+        both = [
+            run(core, [request(core, "a", prompt_of(9), 24, asked, **options)])["a", 0]
+            for core in (core_of(tmp_path, None), core_of(tmp_path, 0.5))
+        ]
+        assert (both[0].tokens, both[0].forwards) == (both[1].tokens, both[1].forwards)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_mode_of_conversion_may_have_one(tmp_path: Path, gated: bool) -> None:
+    folder = converted_folder(tmp_path, draft_head=0.2)
+    if not gated:
+        tensors = load_file(folder / "adapter.safetensors")
+        save_file({n: t for n, t in tensors.items() if n.startswith("draft_head")}, folder / "adapter.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        del config["linocut"]["adapter"]
+        (folder / "config.json").write_text(json.dumps(config))
+    assert engine("causal", model=str(folder)).runner.decoder.draft_head is not None
+
+
 def test_it_changes_proposals(tmp_path: Path) -> None:
     whole = [{"strategy": "static", "denoising_steps": 1}]
     one, other = serve(core_of(tmp_path, None), whole), serve(core_of(tmp_path, 0.5), whole)
     assert texts(one) != texts(other)
 
 
+@pytest.mark.parametrize("tight", [{}, {"budget": 40}, {"pages": 9, "max_running": 5, "max_model_len": 96}], ids=str)
 @pytest.mark.parametrize("source", ["previous", "own"])
-def test_a_row_does_not_depend_on_its_neighbours(tmp_path: Path, source: str) -> None:
-    together = texts(serve(core_of(tmp_path, 0.2, logit_source=source), DIFFUSION, gap=2))
-    core = core_of(tmp_path, 0.2, logit_source=source)
+@pytest.mark.parametrize("draft_head", [0.2, None])
+def test_a_row_does_not_depend_on_its_neighbours(
+    tmp_path: Path, source: str, draft_head: float | None, tight: dict[str, Any]
+) -> None:
+    """Nor on what it is cut into, and preempted, where budget and pages are short."""
+    folder = converted_folder(tmp_path, draft_head=draft_head, logit_source=source)
+    crowded = engine("causal", plain=True, model=str(folder), **tight)
+    together = texts(serve(crowded, DIFFUSION, n=2))
+    assert bool(crowded.stats().preemptions) == ("pages" in tight)
+    core = engine("causal", plain=True, model=str(folder))
     for at, diffusion in enumerate(DIFFUSION):
         for kind, sampling in enumerate(SAMPLING):
-            message = request(core, "a", prompt_of(6 + 5 * kind + at, seed=kind), 24 + at, diffusion, **sampling)
-            assert run(core, [message])["a", 0].tokens == together[f"{at}/{kind}", 0]
+            alone = run(core, [request_of(core, at, kind, diffusion, n=2)])
+            for choice in range(2):
+                assert alone[f"{at}/{kind}", choice].tokens == together[f"{at}/{kind}", choice], sampling

@@ -58,3 +58,30 @@ def test_a_replay_reads_the_batch_and_nothing_of_the_one_before() -> None:
     assert static.layout.query_start[:3].tolist() == [0, 3, 6]
     assert (static.layout.query_start[3:] == 6).all(), "padding rows own no queries"
     assert torch.equal(static.layout.page_table[:2, :2], small.layout.page_table)
+
+
+def test_what_a_forward_does_not_use_of_adapters_and_segments_is_off() -> None:
+    """A batch with draft segments, then a smaller one with fewer, then one without."""
+
+    def noisy_batch(rows: int, scratch: bool) -> ForwardBatch:
+        made = batch(rows=rows, width=4, pages=3)
+        made.noisy = torch.ones(rows * 4, dtype=torch.bool)
+        if scratch:
+            made.layout.scratch_start = torch.full((rows * 4,), 20, dtype=torch.int32)
+            made.layout.scratch_end = torch.full((rows * 4,), 24, dtype=torch.int32)
+        return made
+
+    static = _static_batch(bucket_of(16, 4, 4, 24, True), 8, torch.device("cpu"))
+    layout = static.layout
+    assert static.noisy is not None
+    assert layout.scratch_start is not None
+    assert layout.scratch_end is not None
+    _fill(static, noisy_batch(4, True))
+    assert static.noisy.all()
+    assert (layout.scratch_end == 24).all()
+    _fill(static, noisy_batch(2, True))
+    assert static.noisy.tolist() == [True] * 8 + [False] * 8
+    assert (layout.scratch_start.tolist(), layout.scratch_end.tolist()) == ([20] * 8 + [0] * 8, [24] * 8 + [0] * 8)
+    _fill(static, noisy_batch(2, False))
+    assert not layout.scratch_start.any()
+    assert not layout.scratch_end.any()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from converted import converted_folder
+from converted import MASK, converted_folder
 from tiny_engines import Answers, change_logits, engine, prompt_of, request, run
 
 from linocut.engine.core import EngineCore
@@ -202,6 +202,21 @@ def test_a_block_goes_on_as_the_autoregressive_model_would(tmp_path: Path, lengt
             assert both[0].text == both[1].text
 
 
+def test_a_mask_id_in_a_prompt_is_a_token_like_any_other(tmp_path: Path) -> None:
+    plain, core = engine("causal"), core_of(converted_folder(tmp_path))
+    prompt = [*prompt_of(9), MASK, *prompt_of(5)]
+    texts = [run(c, [request(c, "a", prompt, 20)])["a", 0].tokens for c in (plain, core)]
+    assert texts[0] == texts[1]
+
+
+def test_a_step_wider_than_the_budget_is_run_in_parts(tmp_path: Path) -> None:
+    """However large the block: a frontier's chunks lie on no grid."""
+    core = core_of(converted_folder(tmp_path, block_size=32), token_budget=256, max_model_len=400)
+    jacobi = {"strategy": "jacobi", "draft_length": 256}
+    answer = run(core, [request(core, "a", prompt_of(20), 300, jacobi)], most=600)["a", 0]
+    assert len(answer.tokens) == 300
+
+
 def test_masks_do_feel_it(tmp_path: Path) -> None:
     gated, bare = (core_of(converted_folder(tmp_path / str(g), gated=g)) for g in (True, False))
     wide = {"strategy": "static", "denoising_steps": 1}
@@ -219,6 +234,8 @@ def test_masks_do_feel_it(tmp_path: Path) -> None:
         ({"block_size": -4}, "not valid"),
         ({"block_size": "four"}, "no number"),
         ({"mask_token_id": 5000}, "mask id 5000"),
+        ({"adapter": {"rank": 4}}, "gate"),
+        ({"adapter": {"rank": 4, "gate": "noisy"}, "context": "block-causal"}, "token-causal"),
     ],
 )
 def test_a_strange_linocut_object_is_refused(own: dict[str, Any], message: str) -> None:
