@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +11,22 @@ import typer
 
 from linocut.engine.errors import ConfigError
 
-from .convert_options import options_from, prompt_files, split_stages
+from .convert_options import split_stages
+from .convert_record import Record, describe_files, describe_model, result_id
+from .convert_stages import (
+    adapt_settings,
+    generate_settings,
+    is_adapted,
+    is_finished,
+    is_generated,
+    is_polished,
+    polish_settings,
+    resolve,
+    run_adapt,
+    run_evaluate,
+    run_generate,
+    run_polish,
+)
 
 app = typer.Typer(
     help="Turn an autoregressive checkpoint into a block-diffusion one: generate, adapt, polish, evaluate; or run.",
@@ -73,8 +87,8 @@ def generate(
         "seed": seed,
     }
     _prepare()
-    summary = _generate(model, out, prompts, options | split_stages(settings, None)[""])
-    typer.echo(json.dumps(summary))
+    given = generate_settings(resolve(model), out, prompts, options | split_stages(settings, None)[""])
+    typer.echo(json.dumps(run_generate(given)))
 
 
 @app.command()
@@ -92,7 +106,7 @@ def adapt(
     options: dict[str, Any] = {"mode": mode, "max_seconds": max_seconds}
     _prepare()
     work = run or out.with_name(f"{out.name}.run")
-    _adapt(model, answers, work, out, devices, options | split_stages(settings, None)[""])
+    run_adapt(adapt_settings(resolve(model), answers, work, out, options | split_stages(settings, None)[""]), devices)
 
 
 @app.command()
@@ -110,7 +124,7 @@ def polish(
     """Train on the converted model's own roll-outs (certainty forcing)."""
     _prepare()
     options: dict[str, Any] = {"data": answers or [], "max_seconds": max_seconds}
-    _polish(model, original, out, prompts, options | split_stages(settings, None)[""])
+    run_polish(polish_settings(model, resolve(original), out, prompts, options | split_stages(settings, None)[""]))
 
 
 @app.command()
@@ -128,7 +142,7 @@ def evaluate(
     """Measure speed and quality of a converted model against its original."""
     _prepare()
     options = {"limit": limit, "settings": rows or None} | split_stages(settings, None)[""]
-    _evaluate(model, original, prompts, out, options)
+    run_evaluate(model, resolve(original), prompts, out, options)
 
 
 @app.command()
@@ -148,138 +162,84 @@ def run(
         typer.Option("--set", metavar="STAGE.NAME=VALUE", help="Any option of a stage; repeatable."),
     ] = None,
 ) -> None:
-    """All stages in order. Run it again to go on: what is complete is skipped.
+    """All stages in order. Run it again to go on: what is complete is skipped, if it was made with the same options.
 
     What evaluates is kept out of the training prompts.
     """
     _prepare()
     stages = split_stages(settings, ("generate", "adapt", "polish", "evaluate"))
     held_out = evaluate_on or []
-    answers, base, polished = out / "answers", out / "adapted", out / "polished"
-    if not _generated(answers):
-        options: dict[str, Any] = {"exclude": [*(exclude or []), *held_out], "self_prompts": self_prompts}
-        options |= {"max_seconds": generate_seconds, "devices": devices} | stages["generate"]
-        _echo("generate", json.dumps(_generate(model, answers, prompts, options)))
+    original = resolve(model)
+    origin = describe_model(original)
+
+    answers = out / "answers"
+    options: dict[str, Any] = {"exclude": [*(exclude or []), *held_out], "self_prompts": self_prompts}
+    options |= {"max_seconds": generate_seconds, "devices": devices} | stages["generate"]
+    generating = generate_settings(original, answers, prompts, options)
+    files = [[describe_files([file.path]), file.weight] for file in generating.prompts]
+    inputs: dict[str, Any] = {
+        "model": origin,
+        "prompts": files,
+        "prompts to exclude": describe_files(generating.exclude),
+    }
+    record = Record("generate", [answers], generating, inputs)
+    said = _settle(record, is_generated(answers))
+    if is_generated(answers):
+        _echo("generate", said)
     else:
-        _echo("generate", "complete")
-    work = out / "adapt"
-    if not _adapted(work, base):
-        _adapt(model, [str(answers)], work, base, devices, {"max_seconds": adapt_seconds} | stages["adapt"])
-        if not _adapted(work, base):
+        _echo("generate", json.dumps(run_generate(generating)))
+        if not is_generated(answers):
+            raise ConfigError("the generate stage has not come to its end: run the same command again to go on")
+
+    work, final = out / "adapt", out / "adapted"
+    options = {"max_seconds": adapt_seconds} | stages["adapt"]
+    adapting = adapt_settings(original, [str(answers)], work, final, options)
+    record = Record("adapt", [work, final], adapting, {"model": origin, "answers": result_id(answers)})
+    # What a finished checkpoint is exported from must be what was asked for, too.
+    said = _settle(record, is_finished(work))
+    if is_adapted(work, final):
+        _echo("adapt", said)
+    else:
+        run_adapt(adapting, devices)
+        if not is_adapted(work, final):
             raise ConfigError("the adapt stage has not come to its end: run the same command again to go on")
-    else:
-        _echo("adapt", "complete")
-    final = base
+    made = result_id(work)
+
     if polish_seconds > 0:
-        final = polished
-        if not (polished / "config.json").is_file():
-            # On the prompts of the answers, so that nothing the answers leave out comes in again.
-            options = {"data": [str(answers)], "max_seconds": polish_seconds} | stages["polish"]
-            _polish(base, model, polished, None, options)
+        # On the prompts of the answers, so that nothing the answers leave out comes in again.
+        options = {"data": [str(answers)], "max_seconds": polish_seconds} | stages["polish"]
+        base, final = final, out / "polished"
+        polishing = polish_settings(base, original, final, None, options)
+        inputs = {"model": origin, "adapted model": made, "answers": result_id(answers)}
+        inputs["data"] = stages["polish"].get("data")
+        work = Path(polishing.run or "")
+        record = Record("polish", [work, final], polishing, inputs)
+        there = (final / "config.json").is_file()
+        said = _settle(record, there or is_polished(work))
+        if there:
+            _echo("polish", said)
         else:
-            _echo("polish", "complete")
+            run_polish(polishing)
+        made = result_id(work)
+
     if held_out:
         table = out / "evaluation"
-        if not (table / "evaluation.json").is_file():
-            _evaluate(final, model, held_out, table, stages["evaluate"])
-        else:
+        inputs = {"original": origin, "model": [final.name, made], "prompts": describe_files(held_out)}
+        record = Record("evaluate", [table], stages["evaluate"], inputs)
+        if made is not None and (table / "evaluation.json").is_file() and record.differences() == []:
             _echo("evaluate", "complete")
+        else:  # its answers know themselves what they are of
+            run_evaluate(final, original, held_out, table, stages["evaluate"])
+            record.write()
     _echo("done", f"linocut serve {final}")
 
 
-# ---------------------------------------------------------------- stages
-
-
-def _generate(model: str, out: Path, prompts: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from linocut.engine.models.source import resolve_model
-    from linocut.training.generate import generate as stage
-    from linocut.training.generate_settings import GenerateSettings
-
-    fixed = {"model": resolve_model(model), "out": out, "prompts": prompt_files(prompts)}
-    fixed["exclude"] = tuple(Path(path) for path in options.pop("exclude", []))
-    return asdict(stage(options_from(GenerateSettings, fixed, options)))
-
-
-def _generated(answers: Path) -> bool:
-    from linocut.training.generate import read_summary
-
-    summary = read_summary(answers)
-    return bool(summary and summary.get("answers"))
-
-
-def _adapt(model: str, answers: list[str], work: Path, out: Path, devices: int | None, options: dict[str, Any]) -> None:
-    import torch
-
-    from linocut.engine.models.source import resolve_model
-    from linocut.training.adapt import adapt as stage
-    from linocut.training.settings import AdaptSettings
-
-    fixed = {"base": str(resolve_model(model)), "data": answers, "run": str(work), "output": str(out)}
-    settings = options_from(AdaptSettings, fixed, options)
-    count = min(devices or torch.cuda.device_count(), torch.cuda.device_count())
-    if count > 1 and settings.device in (None, "cuda"):
-        _on_all(settings, work, count)
-    else:
-        stage(settings)
-    _plot_training(work)
-
-
-def _plot_training(work: Path) -> None:
-    """Draw what the log holds, where matplotlib is installed (the extra `train`)."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is not None:
-        from linocut.training.plots import plot_training
-
-        with contextlib.suppress(ConfigError):  # too short a run for a curve
-            plot_training(work / "log.jsonl", work / "training.svg")
-
-
-def _on_all(settings: Any, work: Path, count: int) -> None:
-    """One training process for each of `count` GPUs."""
-    import subprocess
-    import sys
-
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / "given.json"
-    settings.save(file)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    result = subprocess.run([*command, "-m", "linocut.training.adapt", str(file)], check=False)
-    if result.returncode:
-        raise ConfigError(f"the training processes ended with status {result.returncode}: their messages stand above")
-
-
-def _adapted(work: Path, out: Path) -> bool:
-    """Whether the log's last record says that the run came to its end, and its result is there."""
-    try:
-        last = (work / "log.jsonl").read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
-        return bool(json.loads(last).get("finished")) and (out / "config.json").is_file()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _polish(model: Path, original: str, out: Path, prompts: list[str] | None, options: dict[str, Any]) -> None:
-    from linocut.engine.models.source import resolve_model
-    from linocut.training.polish import PolishSettings
-    from linocut.training.polish import polish as stage
-
-    files = [str(file.path) for file in prompt_files(prompts)]
-    fixed = {"model": str(model), "base": str(resolve_model(original)), "prompts": files, "output": str(out)}
-    stage(options_from(PolishSettings, fixed, options))
-
-
-def _evaluate(model: Path, original: str, prompts: list[Path], out: Path, options: dict[str, Any]) -> None:
-    from linocut.engine.models.source import resolve_model
-    from linocut.training.evaluate import evaluate as stage
-
-    try:
-        stage(model, resolve_model(original), prompts, out=out, report=typer.echo, **options)
-    except TypeError as error:
-        if "keyword argument" not in str(error):
-            raise
-        raise ConfigError(f"evaluate: {error}") from None
+def _settle(record: Record, complete: bool) -> str:
+    """What to say of a complete stage; of another one, write down what it is made with. Raises ConfigError."""
+    if complete:
+        return record.check()
+    record.write()
+    return ""
 
 
 def _prepare() -> None:

@@ -125,13 +125,13 @@ def rescore(out: Path, prompts: Sequence[Path], *, execute_code: bool = True) ->
 
     For a GPU machine that lacks the IFEval checkers. Raises ConfigError if `out` holds no evaluation of `prompts`.
     """
+    scorer = _scorer(execute_code)
     try:
         result: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{out} holds no evaluation: {error}") from None
     known = {prompt.id: prompt for path in prompts for prompt in read_prompts(path)}
     runs: dict[str, Run] = {run.setting: run for _, run in read_runs(out / ANSWERS)}
-    scorer = _scorer(execute_code)
     for row in result["rows"]:
         if row["label"] not in runs:
             raise ConfigError(f"{out / ANSWERS} has no answers of {row['label']}")
@@ -165,6 +165,9 @@ def _engine_config(folder: Path, options: Options) -> EngineConfig:
 
 
 def _scorer(execute_code: bool) -> Scorer:
+    # A text such as "no" would count as true, and run what it was meant to stop.
+    if not isinstance(execute_code, bool):
+        raise ConfigError(f"execute_code is true or false, not {execute_code!r}")
     return Scorer(execute_code=execute_code, workers=min(os.cpu_count() or 1, 16))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -61,14 +62,16 @@ class RunFile:
 
     def start(self) -> None:
         """Drop what other runs left, and a last line that was cut off."""
-        kept = list(self.read().values())
-        self._path.write_text("", encoding="utf-8")
-        for run in kept:
-            self.add(run)
+        part = self._path.with_name(f"{self._path.name}.partial")
+        part.write_text("".join(self._line(run) for run in self.read().values()), encoding="utf-8")
+        os.replace(part, self._path)
 
     def add(self, run: Run) -> None:
         with self._path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"fingerprint": self._fingerprint, **asdict(run)}, ensure_ascii=False) + "\n")
+            lines.write(self._line(run))
+
+    def _line(self, run: Run) -> str:
+        return json.dumps({"fingerprint": self._fingerprint, **asdict(run)}, ensure_ascii=False) + "\n"
 
 
 def read_runs(path: Path) -> Iterator[tuple[str, Run]]:

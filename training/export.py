@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from .network import FULL_PREFIX
 from .settings import AdaptSettings
 
 ADAPTER_FILE = "adapter.safetensors"
-_REPLACED = {"config.json", "README.md", "model.safetensors.index.json", "complete.json", ADAPTER_FILE}
+INDEX_FILE = "model.safetensors.index.json"
+_REPLACED = {"config.json", "README.md", INDEX_FILE, "complete.json", ADAPTER_FILE}
 _LAYOUTS = {"fast-dllm-v2": ("qwen2", "Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", "bd_size")}
 _LAYOUTS["sdar"] = ("qwen3", "sdar", "SDARForCausalLM", "block_size")
 
@@ -88,6 +90,9 @@ def export(settings: AdaptSettings, trained: dict[str, Tensor], output: Path | N
         heads = {name: tensor for name, tensor in trained.items() if name.startswith(DRAFT_PREFIX)}
         if heads:
             save_adapter(heads, 1.0, folder / ADAPTER_FILE, _stored_dtype(settings))
+        else:  # an earlier export's would be loaded on top of these weights
+            (folder / ADAPTER_FILE).unlink(missing_ok=True)
+        (folder / INDEX_FILE).unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(converted, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(settings, converted), encoding="utf-8")
     return folder
@@ -98,10 +103,15 @@ def _stored_dtype(settings: AdaptSettings) -> torch.dtype:
 
 
 def _copy_once(source: Path, target: Path) -> None:
-    """Copy a large file unless the target is already there in the same size."""
-    if not target.exists() or target.stat().st_size != source.stat().st_size:
+    """Copy a large file unless its copy, of the same size and time, is already there.
+
+    Merged weights of an earlier export have the original's size, but not its time.
+    """
+    here, there = source.stat(), target.stat() if target.exists() else None
+    if there is None or (there.st_size, there.st_mtime_ns) != (here.st_size, here.st_mtime_ns):
         part = target.with_name(f"{target.name}.partial")
         shutil.copyfile(source, part)
+        os.utime(part, ns=(here.st_atime_ns, here.st_mtime_ns))
         part.replace(target)
 
 

@@ -11,8 +11,11 @@ import contextlib
 import json
 import os
 import queue
+import signal
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +58,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 def generate(settings: GenerateSettings) -> GenerateSummary:
     """Answer the prompts that `settings.out` has no answers to, until they, the time or the tokens run out.
 
-    Raises ConfigError for prompts or a folder that cannot be used, ModelError if no process could work.
+    SIGINT and SIGTERM end it with what there is ("stopped"). Raises ConfigError for prompts or a folder that cannot be
+    used, ModelError if a process failed: what was answered is kept, and another call goes on.
     """
     began = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -68,11 +72,34 @@ def generate(settings: GenerateSettings) -> GenerateSummary:
     (settings.out / SUMMARY).unlink(missing_ok=True)
     with GenerateLog(settings.out / "generate.jsonl", settings.progress) as log:
         log.event("start", settings=_plain(settings), answers=done.answers, answer_tokens=done.answer_tokens)
-        summary = _Run(settings, model, done, log, began).run()
+        run = _Run(settings, model, done, log, began)
+        with _terminable():
+            summary = run.run()
         log.event("end", **asdict(summary))
-    if summary.ended != "stopped":
-        (settings.out / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    if summary.ended == "stopped":
+        return summary
+    if run.failures:
+        failed = f"{len(run.failures)} of {len(run.tasks)} generating processes failed ({run.failures[0]})"
+        raise ModelError(f"{failed}: {summary.answers} answers are kept, the same command again goes on")
+    (settings.out / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM means what Ctrl-C does. Only a main thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Run:
@@ -100,7 +127,9 @@ class _Run:
             deadline = time.monotonic() + GRACE
             while self.open and time.monotonic() < deadline:
                 self._listen(0.2)
-        if len(self.failures) == len(self.tasks):
+        # Those that did not end in time are ended, with what they hold.
+        self.failures += [f"process {worker} did not end" for worker in sorted(self.open)]
+        if len(self.failures) == len(self.tasks) and self.ended != "stopped":
             raise ModelError(f"no process could generate: {self.failures[0]}")
         total = self._total() + Counter({"failed processes": len(self.failures)})
         seconds = time.monotonic() - self.began

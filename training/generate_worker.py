@@ -27,6 +27,8 @@ LOOK = 64
 REPORT = 0.5
 # An answer that the deadline cuts must have this many tokens to be worth its place.
 LEAST = 16
+# Seconds that finished answers are held in memory at most.
+FLUSH = 60.0
 SELF_PROMPT_TOKENS = 256
 
 
@@ -35,12 +37,13 @@ def run_worker(task: WorkerTask, jobs: Jobs, reports: Reports, stop: Flag) -> No
 
     Never raises: failures are reported.
     """
-    if task.own_process:
-        _settle(task)
+    terminated = _settle(task) if task.own_process else []
     try:
-        worker = Worker(task, jobs, reports, stop)
+        worker = Worker(task, jobs, reports, _Stop(stop, terminated))
         worker.report("ready")
         worker.run()
+        if terminated and not stop.is_set():
+            raise ModelError("the process was told to end")
         worker.report("done")
     except Exception as error:
         text = str(error) if isinstance(error, LinocutError) else f"{type(error).__name__}: {error}"
@@ -48,9 +51,32 @@ def run_worker(task: WorkerTask, jobs: Jobs, reports: Reports, stop: Flag) -> No
         reports.put(WorkerReport(task.index, "failed", text))
 
 
-def _settle(task: WorkerTask) -> None:
-    """Settings of a process of its own, before CUDA is first touched."""
+@dataclass(frozen=True)
+class _Stop:
+    """The parent's flag, or a SIGTERM to this process alone.
+
+    The handler does not set the parent's flag: that takes a lock which the interrupted code may hold.
+    """
+
+    flag: Flag
+    terminated: list[int]
+
+    def is_set(self) -> bool:
+        return bool(self.terminated) or self.flag.is_set()
+
+
+def _settle(task: WorkerTask) -> list[int]:
+    """Settings of a process of its own, before CUDA is first touched. Returns a list that a SIGTERM fills."""
     import signal
+
+    terminated: list[int] = []
+
+    def terminate(number: int, frame: object) -> None:
+        # What there is is written. A second one, which the parent sends to a process that hangs, ends it.
+        terminated.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, terminate)
 
     # Ctrl-C reaches the whole process group; the parent decides, and the answers made so far are written.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -61,6 +87,7 @@ def _settle(task: WorkerTask) -> None:
         import torch
 
         torch.set_num_threads(1)
+    return terminated
 
 
 @dataclass
@@ -101,7 +128,7 @@ class Worker:
         self._skipped: list[int] = []
         self._held = 0
         self.counts: Counter[str] = Counter()
-        self._reported = time.monotonic()
+        self._reported = self._flushed = time.monotonic()
 
     def report(self, kind: str, text: str = "") -> None:
         self.counts["forwards"] = self.core.stats().forwards
@@ -113,15 +140,17 @@ class Worker:
             gc.collect()
             gc.freeze()
             gc.disable()
-        while not self._stop.is_set():
-            self._refill()
-            if self.core.busy:
-                self._step()
-            elif self._exhausted and not self._ready:
-                break
-            self._tell()
-        self._cut()
-        self._flush()
+        try:
+            while not self._stop.is_set():
+                self._refill()
+                if self.core.busy:
+                    self._step()
+                elif self._exhausted and not self._ready:
+                    break
+                self._tell()
+            self._cut()
+        finally:  # answers that are finished outlive whatever happened
+            self._flush()
 
     # ---------------------------------------------------------------- prompts in
 
@@ -256,34 +285,42 @@ class Worker:
             if not running.job.asks_itself and len(running.tokens) >= LEAST and not is_looping(running.tokens):
                 self._keep(Answer(running.job.key, running.prompt, running.tokens, False))
 
-    def _flush(self) -> None:
-        self._thin_truncated()
-        if self._kept or self._skipped:
+    def _flush(self, wait: bool = False) -> None:
+        """Write a shard. Truncated answers beyond their share are dropped, or wait for more that end."""
+        self._flushed = time.monotonic()
+        ready, rest = self._divide()
+        if not wait:
+            self._drop(rest)
+            rest = []
+        if ready or self._skipped:
             path = shard_path(self.task.out, self._shard)
-            write_shard(path, self._kept, self._skipped, self.task.metadata)
+            write_shard(path, ready, self._skipped, self.task.metadata)
             self._shard += self.task.stride
-            self._kept, self._skipped, self._held = [], [], 0
+            self._kept, self._skipped = rest, []
+            self._held = sum(len(answer.prompt) + len(answer.tokens) for answer in rest)
             self.report("shard", path.name)
         if self.task.own_process:
             gc.collect(1)
 
-    def _thin_truncated(self) -> None:
-        """Drop the latest truncated answers beyond their share of the shard."""
-        ended = sum(answer.ended for answer in self._kept)
-        share = self.task.truncated_share
-        room = len(self._kept) if share >= 1 else int(ended * share / (1 - share))
-        kept = []
+    def _divide(self) -> tuple[list[Answer], list[Answer]]:
+        """What is held, and of it the latest truncated answers beyond their share of all that this worker has kept."""
+        share, held = self.task.truncated_share, sum(not answer.ended for answer in self._kept)
+        ended, written = self.counts["answers"] - self.counts["truncated"], self.counts["truncated"] - held
+        room = held if share >= 1 else int(ended * share / (1 - share)) - written
+        ready: list[Answer] = []
+        rest: list[Answer] = []
         for answer in self._kept:
             room -= not answer.ended
-            if answer.ended or room >= 0:
-                kept.append(answer)
-                continue
+            (ready if answer.ended or room >= 0 else rest).append(answer)
+        return ready, rest
+
+    def _drop(self, answers: list[Answer]) -> None:
+        for answer in answers:
             self._skipped.append(answer.key)
             self.counts["truncated dropped"] += 1
             self.counts["answers"] -= 1
             self.counts["truncated"] -= 1
             self.counts["answer tokens"] -= len(answer.tokens)
-        self._kept = kept
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -291,6 +328,8 @@ class Worker:
             return
         self._reported = now
         self.report("progress")
+        if now - self._flushed >= FLUSH:
+            self._flush(wait=True)
         if self.task.own_process and _orphaned():
             raise ModelError("the parent process has gone")
 

@@ -16,7 +16,7 @@ from linocut.engine.loading import read_config
 
 from .adapter import save_adapter
 from .backbone import load_decoder
-from .checkpoint import Progress, load_checkpoint, save_checkpoint
+from .checkpoint import Progress, identity, load_checkpoint, save_checkpoint
 from .documents import Documents, Epochs, gather_rows, load_documents, pack_rows, split_held_out
 from .export import ADAPTER_FILE, converted_config, export
 from .flat import FlatParameters
@@ -65,6 +65,7 @@ class Trainer:
         self.weights = LossWeights(s.ce, s.kl, s.tv, s.certainty, s.certainty_temperature)
         self.tally = Tally(self.device)
         self.progress = Progress()
+        self._conversion = identity(s)
         self._loss = torch.zeros((), device=self.device)
         self._norms = torch.zeros(len(self.flat.parameters), device=self.device)
         self.flops = batch_flops(s, self.decoder)
@@ -197,24 +198,32 @@ class Trainer:
         if leads:
             folder.mkdir(parents=True, exist_ok=True)
         self.processes.wait()
-        found = load_checkpoint(folder, self.flat, self.optimizer)
+        found = load_checkpoint(folder, self.flat, self.optimizer, self._conversion)
         self.progress = found or self.progress
         journal = Journal(folder / "log.jsonl", leads)
         terminated: list[int] = []
-        before = signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
+
+        def end(number: int, frame: object) -> None:
+            if terminated and number == signal.SIGINT:  # asked twice: at once
+                raise KeyboardInterrupt
+            terminated.append(number)
+
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             if leads:
                 s.save(folder / "settings.json")
             finished = self._loop(journal, folder, terminated)
             self.progress.finished = finished
+            if leads:  # before anything that takes time: whoever ended this process may not wait for it
+                self._save(folder)
             record = {"step": self.progress.step, **self.evaluate()}
             journal.write("held-out", {**self._place(), **record})
             if leads:
-                self._save(folder)
                 export(s, self.flat.masters())
             journal.write("end", {**self._place(), "finished": finished})
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             journal.close()
         self.processes.wait()
         self.processes.close()
@@ -300,7 +309,7 @@ class Trainer:
 
     def _save(self, folder: Path) -> None:
         """Checkpoint, and the adapter alone, which is small enough to carry elsewhere."""
-        save_checkpoint(folder, self.flat, self.optimizer, self.progress)
+        save_checkpoint(folder, self.flat, self.optimizer, self.progress, self._conversion)
         if self.settings.mode != "full":
             dtype = torch.bfloat16 if self.settings.dtype == "bfloat16" else torch.float32
             save_adapter(self.flat.masters(), self.settings.scale, folder / ADAPTER_FILE, dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_training import make_documents, make_settings, save_documents, save_model
 from torch import Tensor
@@ -90,6 +93,78 @@ def test_a_checkpoint_of_another_rank_is_refused(folder: Path) -> None:
     adapt(make_settings(folder, max_steps=1))
     with pytest.raises(ConfigError, match="another run folder"):
         adapt(make_settings(folder, max_steps=1, rank=4))
+
+
+def test_a_checkpoint_of_another_conversion_is_refused_by_name(folder: Path) -> None:
+    adapt(make_settings(folder, max_steps=1))
+    shutil.copytree(folder / "base", folder / "sibling")
+    for name, value in (
+        ("mode", "lora"), ("logit_source", "own"), ("scale", 1.0), ("seed", 1), ("mask_token_id", 254),
+        ("base", str(folder / "sibling")),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"with {name} .*another run folder"):
+            adapt(make_settings(folder, max_steps=1, **{name: value}))
+    shutil.rmtree(folder / "run")
+    lora = {"mode": "lora", "max_steps": 1}
+    adapt(make_settings(folder, **lora))
+    with pytest.raises(ConfigError, match="with context token-causal"):
+        adapt(make_settings(folder, context="block-causal", **lora))
+
+
+def test_a_base_of_other_weights_is_another_conversion(folder: Path) -> None:
+    adapt(make_settings(folder, max_steps=1))
+    save_model(folder / "base", vocab_size=300)
+    with pytest.raises(ConfigError, match="bytes of weights"):
+        adapt(make_settings(folder, max_steps=1))
+
+
+def test_an_export_leaves_nothing_of_an_earlier_one(folder: Path) -> None:
+    adapter, weights = folder / "converted" / "adapter.safetensors", folder / "converted" / "model.safetensors"
+    adapt(make_settings(folder, max_steps=1))
+    assert adapter.exists()
+    adapt(make_settings(folder, mode="lora", max_steps=2, run=str(folder / "merged")))
+    assert not adapter.exists()
+    original = (folder / "base" / "model.safetensors").read_bytes()
+    # Merged weights of the very size of the original's.
+    merged = original[:-64] + bytes(64)
+    weights.write_bytes(merged)
+    adapt(make_settings(folder, max_steps=1))
+    assert weights.read_bytes() == original
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_a_folder(folder: Path, number: int) -> None:
+    trainer = Trainer(make_settings(folder, max_steps=100))
+    update, before = trainer.update, signal.getsignal(number)
+
+    def update_and_signal(rate: float) -> int:
+        if trainer.progress.step == 1:
+            os.kill(os.getpid(), number)
+        return update(rate)
+
+    trainer.update = update_and_signal  # type: ignore[method-assign]
+    trainer.run()
+    assert signal.getsignal(number) is before
+    last = read_log(folder / "run")[-1]
+    assert (last["finished"], last["step"]) == (False, 2)
+    assert (folder / "run" / "checkpoint.safetensors").exists()
+    assert (folder / "converted" / "config.json").exists()
+
+
+def test_the_last_evaluation_comes_after_the_checkpoint(folder: Path) -> None:
+    trainer = Trainer(make_settings(folder, max_steps=2))
+    evaluate = trainer.evaluate
+
+    def die_at_the_end() -> dict:
+        if trainer.progress.step == 2:
+            raise MemoryError
+        return evaluate()
+
+    trainer.evaluate = die_at_the_end  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        trainer.run()
+    with safe_open(folder / "run" / "checkpoint.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["progress"])["step"] == 2
 
 
 def test_the_log_tells_losses_accuracies_and_speed(folder: Path) -> None:

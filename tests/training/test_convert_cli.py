@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,15 @@ from tiny_checkpoint import write_tiny_checkpoint
 from typer.testing import CliRunner
 
 from linocut.engine.errors import ConfigError
-from linocut.server import convert
+from linocut.server import convert, convert_stages
 from linocut.server.cli import app
 from linocut.server.convert_options import options_from, split_stages
 from linocut.training import adapt, evaluate
+from linocut.training import generate as generating
+from linocut.training import polish as polishing
 from linocut.training.answers import read_answers
 from linocut.training.generate_settings import GenerateSettings
+from linocut.training.polish_settings import PolishSettings
 from linocut.training.settings import AdaptSettings
 
 SMALL = [
@@ -58,9 +62,15 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     def fake_evaluate(folder: Path, original: Path, files: list[Path], *, out: Path, **options: Any) -> None:
         del options["report"]
         calls.append(("evaluate", (folder, original, files, options)))
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         (out / "evaluation.json").write_text("{}")
 
+    def fake_polish(settings: PolishSettings) -> None:
+        calls.append(("polish", settings))
+        Path(settings.output).mkdir()
+        (Path(settings.output) / "config.json").write_text("{}")
+
+    monkeypatch.setattr(polishing, "polish", fake_polish)
     monkeypatch.setattr(adapt, "adapt", fake_adapt)
     monkeypatch.setattr(evaluate, "evaluate", fake_evaluate)
     return calls
@@ -113,6 +123,115 @@ def test_run_goes_on_with_an_unfinished_stage(
         run(*words, "--adapt-seconds", 1)
     run(*words, "--adapt-seconds", 2)
     assert [settings.max_seconds for _, settings in stages] == [1.0, 2.0]
+
+
+@pytest.fixture
+def made(model: Path, prompts: Path, tmp_path: Path, stages: list[tuple[str, Any]]) -> list[Any]:
+    """The words of a run that is complete, and was evaluated."""
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text('{"prompt": "Say 3."}\n')
+    words: list[Any] = ["run", model, tmp_path / "all", "--prompts", prompts, "--evaluate-on", held_out]
+    for text in (SMALL[1], "max_tokens=12", "truncated_share=1", "progress=false"):
+        words += ["--set", f"generate.{text}"]
+    run(*words)
+    stages.clear()
+    return words
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--set", "generate.temperature=0.5"), r"generate stage .*temperature 0.8 \(not 0.5\).*delete .*answers"),
+        (("--self-prompts", 2), "generate stage .*self_prompts"),
+        (("--generate-seconds", 9), r"max_seconds null \(not 9"),
+        (("--exclude", __file__), "generate stage .*other prompts to exclude"),
+        (("--prompts", __file__), "generate stage .*other prompts:"),
+        (("--set", "adapt.rank=4"), r"adapt stage .*rank 64 \(not 4\).*delete .*adapt and .*adapted"),
+        (("--adapt-seconds", 2000), "adapt stage .*max_seconds 1200.0"),
+    ],
+    ids=str,
+)
+def test_a_stage_made_with_other_settings_or_inputs_is_not_skipped(
+    made: list[Any], stages: list[tuple[str, Any]], more: tuple[Any, ...], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        run(*made, *more)
+    assert stages == []
+
+
+def test_what_does_not_change_a_result_may_differ(made: list[Any], stages: list[tuple[str, Any]]) -> None:
+    text = run(*made, "--devices", 1, "--set", "adapt.log_every=5", "--set", "generate.max_running=7")
+    assert (text.count("complete"), stages) == (3, [])
+
+
+def test_another_original_is_told(made: list[Any], tmp_path: Path) -> None:
+    other = write_tiny_checkpoint(tmp_path / made[1].name, layers=2)
+    with pytest.raises(ConfigError, match="other model"):
+        run(made[0], other, *made[2:])
+
+
+def test_what_was_made_of_earlier_answers_is_not_skipped(made: list[Any], stages: list[tuple[str, Any]]) -> None:
+    shutil.rmtree(made[2] / "answers")
+    with pytest.raises(ConfigError, match=r"adapt stage .*other answers"):
+        run(*made)
+    shutil.rmtree(made[2] / "adapt")
+    shutil.rmtree(made[2] / "adapted")
+    run(*made)
+    assert [name for name, _ in stages] == ["adapt", "evaluate"]
+
+
+def test_a_finished_checkpoint_is_not_exported_under_other_settings(
+    made: list[Any], stages: list[tuple[str, Any]]
+) -> None:
+    shutil.rmtree(made[2] / "adapted")
+    with pytest.raises(ConfigError, match="learning_rate"):
+        run(*made, "--set", "adapt.learning_rate=0.5")
+    run(*made)
+    assert [name for name, _ in stages] == ["adapt"]
+
+
+def test_a_table_of_an_earlier_model_or_other_options_is_made_again(
+    made: list[Any], stages: list[tuple[str, Any]]
+) -> None:
+    run(*made, "--set", "evaluate.limit=5")
+    made += ["--set", "evaluate.limit=5", "--polish-seconds", 3]
+    run(*made)
+    assert [name for name, _ in stages] == ["evaluate", "polish", "evaluate"]
+    assert stages[-1][1][0] == made[2] / "polished"
+    assert run(*made).count("complete") == 4
+    with pytest.raises(ConfigError, match=r"polish stage .*rounds .*polished.run and .*polished"):
+        run(*made, "--set", "polish.rounds=7")
+    assert len(stages) == 3
+
+
+def test_results_without_a_record_are_taken_but_not_silently(made: list[Any], stages: list[tuple[str, Any]]) -> None:
+    (made[2] / "answers" / "made_with.json").unlink()
+    (made[2] / "adapt" / "made_with.json").unlink()
+    assert run(*made).count("may be of other settings") == 2
+    assert [name for name, _ in stages] == ["evaluate"]
+
+
+def test_run_does_not_train_on_answers_that_are_not_complete(
+    model: Path, prompts: Path, tmp_path: Path, stages: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = generating.GenerateSummary(5, 50, 1.0, 50.0, "stopped", {})
+    monkeypatch.setattr(generating, "generate", lambda settings: stopped)
+    with pytest.raises(ConfigError, match=r"generate stage .*go on"):
+        run("run", model, tmp_path / "all", "--prompts", prompts)
+    assert stages == []
+
+
+def test_training_processes_may_end_themselves_after_ctrl_c() -> None:
+    waits: list[Any] = [KeyboardInterrupt(), 0]
+
+    class Process:
+        def wait(self) -> int:
+            found = waits.pop(0)
+            if isinstance(found, BaseException):
+                raise found
+            return found
+
+    assert convert_stages._wait(Process()) == 0
 
 
 def test_adapt_takes_its_options(model: Path, tmp_path: Path, stages: list[tuple[str, Any]]) -> None:

@@ -13,8 +13,9 @@ from small_tokenizers import write_tokenizer
 
 from linocut.engine.errors import ConfigError
 from linocut.engine.llm import LLM
+from linocut.training import evaluate_runs
 from linocut.training.evaluate import encode, evaluate, rescore
-from linocut.training.evaluate_runs import Answered, Run
+from linocut.training.evaluate_runs import Answered, Run, RunFile
 from linocut.training.evaluate_settings import ORIGINAL, OWN, Setting, complete, default_settings, parse
 from linocut.training.evaluate_table import make_row, markdown
 from linocut.training.judge import Judge, Verdict
@@ -192,6 +193,30 @@ def test_a_stopped_run_goes_on_from_its_answers(
         assert {**found, "seconds": 0, "tokens_per_second": 0} == {**wanted, "seconds": 0, "tokens_per_second": 0}
 
 
+def test_answers_survive_a_start_that_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = RunFile(tmp_path / "answers.jsonl", "mark")
+    for setting in ("one", "two"):
+        file.add(Run(setting, 4, 1.0, [Answered("p", [1, 2], "text", 2, "stop")], []))
+    RunFile(tmp_path / "answers.jsonl", "another").add(Run("three", 4, 1.0, [], []))
+    written: list[dict[str, Any]] = []
+
+    def dump(value: Any, **options: Any) -> str:
+        written.append(value)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return real(value, **options)
+
+    with monkeypatch.context() as patch:
+        real = json.dumps
+        patch.setattr(evaluate_runs.json, "dumps", dump)
+        with pytest.raises(KeyboardInterrupt):
+            file.start()
+    assert set(file.read()) == {"one", "two"}
+    file.start()
+    assert set(file.read()) == {"one", "two"}
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+
+
 def test_scores_can_be_made_again_elsewhere(
     evaluated: tuple[dict[str, Any], Path], folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -297,3 +322,8 @@ def test_training_is_drawn_from_a_log_that_was_cut_off(tmp_path: Path) -> None:
 def test_curves_are_thinned_by_means() -> None:
     assert thin([1, 2, 3, 4, 5], [1, 3, 5, 7, 9], points=3) == ([1.5, 3.5, 5], [2, 6, 9])
     assert thin([], []) == ([], [])
+
+
+def test_whether_code_runs_is_said_by_true_or_false(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="true or false"):
+        rescore(tmp_path, [], execute_code="no")  # type: ignore[arg-type]

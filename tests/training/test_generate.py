@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from tiny_checkpoint import END, write_tiny_checkpoint
 
 from linocut.engine import LLM
 from linocut.engine.errors import ConfigError, ModelError
+from linocut.training import generate as stage
+from linocut.training import generate_worker
 from linocut.training.answers import Answer, read_answers, scan_answers, shard_path, shard_paths, write_shard
 from linocut.training.generate import generate, read_summary
 from linocut.training.generate_settings import GenerateSettings
@@ -170,6 +176,118 @@ def test_a_deadline_leaves_a_usable_set(settings: GenerateSettings, llm: LLM) ->
     for prompt, answer in found.items():
         assert answer == whole.get(prompt, answer)[: len(answer)]
     assert read_summary(late.out) is not None
+
+
+def with_many(settings: GenerateSettings, **fields: Any) -> GenerateSettings:
+    """More prompts than any test answers."""
+    many = settings.out.parent / "many.jsonl"
+    many.write_text("".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(20_000)))
+    return change(settings, prompts=(PromptFile(many),), max_seconds=40, **fields)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "generate.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_sigterm_leaves_what_there_is(settings: GenerateSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = generate_worker.Worker._step
+
+    def step_and_signal(worker: generate_worker.Worker) -> None:
+        step(worker)
+        if worker.counts["answers"] >= 5 and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sent: list[bool] = []
+    monkeypatch.setattr(generate_worker.Worker, "_step", step_and_signal)
+    ours = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        handler = signal.getsignal(signal.SIGTERM)
+        summary = generate(with_many(settings))
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, ours)
+    assert summary.ended == "stopped"
+    assert scan_answers(settings.out).answers == summary.answers >= 5
+    assert read_summary(settings.out) is None
+
+
+def test_a_worker_that_fails_keeps_its_answers_and_the_stage_goes_on_later(
+    settings: GenerateSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = generate_worker.Worker._step
+
+    def fail(worker: generate_worker.Worker) -> None:
+        step(worker)
+        if worker.counts["answers"] >= 5:
+            raise RuntimeError("the device is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_worker.Worker, "_step", fail)
+        with pytest.raises(ModelError, match="device is lost"):
+            generate(change(settings, shard_tokens=1_000_000))
+    assert scan_answers(settings.out).answers >= 5
+    assert read_summary(settings.out) is None
+    assert generate(settings).ended == "prompts"
+    found = keys(settings.out)
+    assert len(found) == len(set(found)) == len(QUESTIONS)
+
+
+def test_a_process_that_is_ended_writes_its_answers_and_the_stage_is_not_complete(
+    settings: GenerateSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers, found = stage.workers, {}
+
+    def end_one() -> None:
+        while not any(event["event"] == "ready" and event["worker"] == 1 for event in events(settings.out)):
+            time.sleep(0.1)
+        time.sleep(1.5)
+        found["workers"].processes[1].terminate()
+        # The others come to their end as at a deadline.
+        time.sleep(1.5)
+        found["workers"].stop.set()
+
+    class Observed:
+        def __init__(self, tasks: list[Any]) -> None:
+            self.context = workers(tasks)
+
+        def __enter__(self) -> Any:
+            found["workers"] = self.context.__enter__()
+            threading.Thread(target=end_one, daemon=True).start()
+            return found["workers"]
+
+        def __exit__(self, *error: Any) -> Any:
+            return self.context.__exit__(*error)
+
+    monkeypatch.setattr(stage, "workers", Observed)
+    with pytest.raises(ModelError, match=r"1 of 2 .*told to end.*goes on"):
+        generate(with_many(settings, processes=2))
+    assert read_summary(settings.out) is None
+    assert {event["worker"] for event in events(settings.out) if event["event"] == "shard"} == {0, 1}
+    assert len(read_answers(settings.out)) > 0
+
+
+def test_shards_are_written_from_time_to_time(
+    settings: GenerateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = change(settings, shard_tokens=1_000_000)
+    generate(whole)
+    assert len(shard_paths(whole.out)) == 1
+    monkeypatch.setattr(generate_worker, "FLUSH", 0.0)
+    monkeypatch.setattr(generate_worker, "REPORT", 0.0)
+    parts = change(whole, out=tmp_path / "parts")
+    generate(parts)
+    assert len(shard_paths(parts.out)) > 1
+    assert pairs(parts.out) == pairs(whole.out)
+    # The share of the truncated is one of all answers, however few a shard holds.
+    thin = change(whole, out=tmp_path / "thin", truncated_share=0.8)
+    generate(thin)
+    monkeypatch.undo()
+    large = change(thin, out=tmp_path / "large")
+    generate(large)
+    counts = [sum(ids[-1] != END for ids, _ in read_answers(folder)) for folder in (thin.out, large.out)]
+    assert counts[0] == counts[1] > 0
 
 
 def test_loops_are_dropped_and_not_asked_for_again(settings: GenerateSettings, tmp_path: Path) -> None:
