@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +26,7 @@ from .convert_stages import (
     run_generate,
     run_polish,
 )
+from .threads import settle_threads
 
 app = typer.Typer(
     help="Turn an autoregressive checkpoint into a block-diffusion one: generate, adapt, polish, evaluate; or run.",
@@ -243,8 +243,7 @@ def _settle(record: Record, complete: bool) -> str:
 
 
 def _prepare() -> None:
-    # Threads that spin at a barrier make everything else on the machine wait.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    settle_threads()
 
 
 def _echo(stage: str, text: str) -> None:

@@ -34,6 +34,7 @@ from linocut.engine.messages import (
 )
 
 from .submission import Submission
+from .threads import settle_threads
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def launch_engine(config: EngineConfig) -> Launch:
         from .engine_entry import run
 
         # Idle OpenMP threads that spin would take the cores from this process.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        settle_threads()
         process = multiprocessing.get_context("spawn").Process(
             target=run, args=(config, input_endpoint, output_endpoint), name="linocut-engine", daemon=False
         )

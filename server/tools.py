@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from linocut.engine.errors import ConfigError
 
 from .convert import app as convert
+from .threads import settle_threads
 
 
 def register(app: typer.Typer) -> None:
@@ -65,8 +65,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
 ) -> None:
     """Measure the engine: forward times, and generation beside transformers and llama.cpp, all in turns."""
-    # Threads that spin at a barrier make everything else on the machine wait.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    settle_threads()
     import msgspec
 
     from linocut.engine.bench.generation import parse_strategies
@@ -100,7 +99,7 @@ def conformance(
     device: Annotated[str, typer.Option(help="cpu or cuda; in float32 on both")] = "cpu",
 ) -> None:
     """Replay a golden folder through the paged engine: a line per case, exit status 0 if none failed."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    settle_threads()
     from linocut.engine.conformance.run import conformance as run
 
     raise typer.Exit(run(folder, device))
