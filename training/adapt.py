@@ -10,11 +10,13 @@ is summed between them.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from linocut.engine.errors import LinocutError
 
+from .processes import end_process
 from .settings import AdaptSettings, load_settings
 
 
@@ -36,6 +38,8 @@ def main() -> None:
         adapt(load_settings(parser.parse_args().settings))
     except LinocutError as error:
         sys.exit(f"error: {error}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end_process(0)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -200,11 +200,9 @@ def _download(folder: Path, report: Report) -> Path:
 
 def _wheel_bytes(folder: Path) -> int:
     sizes = [0]
-    for path in folder.rglob("*.whl"):
-        try:
+    with suppress(OSError):  # pip has just moved the file, or removed the folder it was in
+        for path in folder.rglob("*.whl"):
             sizes.append(path.stat().st_size)
-        except OSError:  # pip has just moved it
-            continue
     return max(sizes)
 
 

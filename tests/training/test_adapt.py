@@ -204,6 +204,7 @@ _WORKER = """
 import sys
 from pathlib import Path
 from safetensors.torch import save_file
+from linocut.training.processes import end_process
 from linocut.training.segments import Noise
 from linocut.training.settings import load_settings
 from linocut.training.trainer import Trainer
@@ -215,6 +216,7 @@ if trainer.processes.leads:
     save_file({"gradient": trainer.flat.gradient}, sys.argv[2])
 trainer.processes.wait()
 trainer.processes.close()
+end_process(0)
 """
 
 
