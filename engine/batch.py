@@ -127,9 +127,10 @@ def build_batch(
     else:
         visible = places + 1
     noisy = None
-    if traits.mask_id is not None and traits.context == "token-causal":
+    blocks = [row.strategy not in FRONTIER for row in rows]
+    if traits.context == "token-causal" and any(blocks):
         # Rows of a block that is not final see all of it.
-        on_grid = _to(np.array([row.strategy not in FRONTIER for row in rows]), device)[row_of]
+        on_grid = _to(np.array(blocks), device)[row_of]
         noisy = on_grid & (places >= span.clean_end[row_of])
         visible = torch.where(noisy, (places // traits.block_size + 1) * traits.block_size, visible)
     scratch = None

@@ -217,6 +217,22 @@ def test_a_step_wider_than_the_budget_is_run_in_parts(tmp_path: Path) -> None:
     assert len(answer.tokens) == 300
 
 
+def test_a_forward_of_final_rows_alone_has_no_work_for_the_adapter(tmp_path: Path) -> None:
+    """A device cannot skip rows by their flags: it must not be given any."""
+    core = core_of(converted_folder(tmp_path))
+    forward, seen = core.runner.decoder.forward, []
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(arguments[-1] is not None)
+        return forward(*arguments)
+
+    core.runner.decoder.forward = watched  # type: ignore[method-assign]
+    for strategy, expected in (("autoregressive", False), ("jacobi", False), ("threshold", True)):
+        seen.clear()
+        run(core, [request(core, "a", prompt_of(9), 6, {"strategy": strategy})])
+        assert set(seen) == {expected}
+
+
 def test_masks_do_feel_it(tmp_path: Path) -> None:
     gated, bare = (core_of(converted_folder(tmp_path / str(g), gated=g)) for g in (True, False))
     wide = {"strategy": "static", "denoising_steps": 1}
