@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from linocut.kernels.attention import AttentionLayout
 
-from .decoding.parameters import FRONTIER
+from .decoding.registry import strategy_classes
 from .decoding.view import Span
 from .family import FamilyTraits
 from .plan import RowPlan
@@ -72,8 +72,40 @@ def concat_spans(spans: list[Span]) -> Span:
         torch.cat([pad(s.targets, (0, width - s.targets.shape[1])) for s in spans]),
         torch.cat([s.seeding for s in spans]),
         torch.cat([pad(s.opening, (0, width - s.opening.shape[1])) for s in spans]),
+        _concat_orders(spans, width),
         _concat_segments(spans),
+        _concat_segment_tokens(spans),
     )
+
+
+def _concat_orders(spans: list[Span], width: int) -> Tensor | None:
+    if all(span.order is None for span in spans):
+        return None
+    natural = torch.arange(width, device=spans[0].run_start.device)
+    parts = []
+    for span in spans:
+        order = natural.expand(span.run_start.shape[0], width)
+        if span.order is not None:
+            order = torch.cat([span.order, order[:, span.order.shape[1] :]], dim=1)
+        parts.append(order)
+    return torch.cat(parts)
+
+
+def _concat_segment_tokens(spans: list[Span]) -> Tensor | None:
+    """[rows, S, L], -1 where a strategy gives none: its segments are masks."""
+    given = [span.segment_tokens for span in spans if span.segment_tokens is not None]
+    if not given:
+        return None
+    most = max(span.segments.shape[1] for span in spans if span.segments is not None)
+    length = max(tokens.shape[2] for tokens in given)
+    parts = []
+    for span in spans:
+        tokens = span.segment_tokens
+        if tokens is None:
+            tokens = span.run_start.new_empty((span.run_start.shape[0], 0, 0))
+        behind = (0, length - tokens.shape[2], 0, most - tokens.shape[1])
+        parts.append(pad(tokens, behind, value=-1))
+    return torch.cat(parts)
 
 
 def _concat_segments(spans: list[Span]) -> Tensor | None:
@@ -122,20 +154,29 @@ def build_batch(
     places = span.run_start[row_of] + offset
     inside = places < span.run_end[row_of]
     positions = places
-    if traits.context == "block-causal":
-        visible = (places // traits.block_size + 1) * traits.block_size
+    slot_of = slots[row_of]
+    strategies = strategy_classes()
+    on_grid = [not strategies[row.strategy].frontier for row in rows]
+    noisy = None
+    if traits.context == "full":
+        visible = state.canvas[slot_of]
+    elif traits.context == "block-causal":
+        visible = _block_end(state, slot_of, places)
     else:
         visible = places + 1
-    noisy = None
-    blocks = [row.strategy not in FRONTIER for row in rows]
-    if traits.context == "token-causal" and any(blocks):
-        # Rows of a block that is not final see all of it.
-        on_grid = _to(np.array(blocks), device)[row_of]
-        noisy = on_grid & (places >= span.clean_end[row_of])
-        visible = torch.where(noisy, (places // traits.block_size + 1) * traits.block_size, visible)
+        if any(on_grid):
+            # Rows of a block that is not final see all of it.
+            noisy = _to(np.array(on_grid), device)[row_of] & (places >= span.clean_end[row_of])
+            visible = torch.where(noisy, _block_end(state, slot_of, places), visible)
+    if span.order is not None:
+        # A window fed in another order: K/V stands where a row is fed, so it sees what was fed before it.
+        nth = places - start[row_of]
+        within = (nth >= 0) & (nth < span.order.shape[1])
+        fed = span.order[row_of, nth.clamp(0, span.order.shape[1] - 1).long()]
+        positions = torch.where(within, start[row_of] + fed.int(), places)
     scratch = None
     if span.segments is not None and any(row.scratch for row in rows):
-        scratch = _scratch(rows, row_of, offset, span, start)
+        scratch = _scratch(rows, row_of, offset, span, start, traits.mask_id or 0)
         inside = torch.where(scratch.here, scratch.used, inside)
         places = torch.where(scratch.here, scratch.place, places)
         positions = torch.where(scratch.here, scratch.position, positions)
@@ -143,13 +184,11 @@ def build_batch(
         noisy = scratch.here if noisy is None else noisy | scratch.here
 
     places = torch.where(inside, places, 0)
-    slot_of = slots[row_of]
-    wide = places.long()
-    page = state.page_table[slot_of, wide // page_size]
+    page = state.page_table[slot_of, places.long() // page_size]
     flat = torch.where(inside, page * page_size + places % page_size, 0)
-    ids = state.tokens[slot_of, wide]
+    ids = state.tokens[slot_of, torch.where(inside, positions, 0).long()]
     if scratch is not None:
-        ids = torch.where(scratch.here, traits.mask_id or 0, ids)
+        ids = torch.where(scratch.here, traits.mask_id or 0 if scratch.ids is None else scratch.ids, ids)
     end = max(row.end for row in rows)
     layout = AttentionLayout(
         query_start=query_start,
@@ -168,9 +207,11 @@ def build_batch(
 
 @dataclass
 class _Scratch:
-    """Of every flat row, [tokens]: whether it belongs to a draft segment (`here`) and to one in use; the place of its
-    K/V, its RoPE position, how much of the sequence it sees, and its segment's places [first, end)."""
+    """Of every flat row, [tokens]: its id (None: all are masks), whether it belongs to a draft segment (`here`) and to
+    one in use; the place of its K/V, its RoPE position, how much of the sequence it sees, and its segment's places
+    [first, end)."""
 
+    ids: Tensor | None
     here: Tensor
     used: Tensor
     place: Tensor
@@ -180,7 +221,7 @@ class _Scratch:
     end: Tensor
 
 
-def _scratch(rows: list[RowPlan], row_of: Tensor, offset: Tensor, span: Span, start: Tensor) -> _Scratch:
+def _scratch(rows: list[RowPlan], row_of: Tensor, offset: Tensor, span: Span, start: Tensor, mask_id: int) -> _Scratch:
     assert span.segments is not None
     device = offset.device
     width = _to(np.array([row.width for row in rows], np.int32), device)[row_of]
@@ -192,8 +233,20 @@ def _scratch(rows: list[RowPlan], row_of: Tensor, offset: Tensor, span: Span, st
     drafts = span.segments[row_of, index.clamp(max=most - 1).long()]
     used = here & (drafts >= 0) & (index < most)
     sees = start[row_of] + drafts
+    ids = None
+    if span.segment_tokens is not None:
+        longest = span.segment_tokens.shape[2]
+        nth = (behind % length).clamp(max=longest - 1).long()
+        ids = span.segment_tokens[row_of, index.clamp(max=most - 1).long(), nth]
+        ids = torch.where(ids < 0, mask_id, ids).int()
     first = span.run_end[row_of] + index * length
-    return _Scratch(here, used, span.run_end[row_of] + behind, sees + behind % length, sees, first, first + length)
+    return _Scratch(ids, here, used, span.run_end[row_of] + behind, sees + behind % length, sees, first, first + length)
+
+
+def _block_end(state: RowState, slot: Tensor, places: Tensor) -> Tensor:
+    """Where the block of each place ends; places before the first block lie in blocks of the same grid."""
+    origin, block = state.origin[slot], state.block[slot]
+    return origin + (torch.div(places - origin, block, rounding_mode="floor") + 1) * block
 
 
 def _logit_rows(
@@ -215,8 +268,12 @@ def _logit_rows(
     shift: int | Tensor = 1
     if traits.logit_source == "own":
         # What follows a frontier comes from the row before it, whatever the source of drafts and blocks.
-        shift = _to(np.array([int(r.strategy in FRONTIER) for r in rows], np.int32), device)[row]
-    within = torch.clamp(position - shift - span.run_start[row], min=0)
+        strategies = strategy_classes()
+        shift = _to(np.array([int(strategies[r.strategy].refeeds) for r in rows], np.int32), device)[row]
+    fed = position
+    if span.order is not None:
+        fed = start[row] + span.order.argsort(dim=1)[row, offset].int()
+    within = torch.clamp(fed - shift - span.run_start[row], min=0)
     source = torch.where(valid, query_start[row] + within, 0).long()
     return LogitRows(source, row, slots[row], offset, position, valid)
 
@@ -248,6 +305,33 @@ def draft_rows(
         slots[row].flatten(),
         nth.expand_as(source).flatten(),
         position.int().flatten(),
+        valid.flatten(),
+    )
+
+
+def segment_rows(rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Tensor, query_start: Tensor) -> LogitRows:
+    """All rows of the draft segments of a group, rows * S * L entries for the most S and the longest L of the plan.
+
+    slots, start, query_start: [rows]; segments: [rows, S] (see Span). Offsets count through a row's segments. Rows of a
+    segment predict their own position.
+    """
+    device = start.device
+    most, longest = max(row.segments for row in rows), max(row.segment for row in rows)
+    length = _to(np.array([max(row.segment, 1) for row in rows]), device)[:, None, None]
+    ran = _to(np.array([row.segments for row in rows]), device)[:, None, None]
+    width = _to(np.array([row.width for row in rows]), device)[:, None, None]
+    index = torch.arange(most, device=device)[None, :, None]
+    nth = torch.arange(longest, device=device)[None, None, :]
+    valid = (index < ran) & (nth < length) & (segments[:, :most, None] >= 0)
+    source = query_start[:, None, None] + width + index * length + nth
+    position = (start[:, None] + segments[:, :most]).int()[:, :, None] + nth.int()
+    row = torch.arange(len(rows), device=device)[:, None, None].expand_as(valid)
+    return LogitRows(
+        torch.where(valid, source, 0).flatten(),
+        row.flatten(),
+        slots[row].flatten(),
+        (index * longest + nth).expand_as(valid).flatten(),
+        position.expand_as(valid).flatten(),
         valid.flatten(),
     )
 

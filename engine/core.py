@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 
-from .decoding.parameters import first_rows, resolve
+from .decoding.parameters import resolve
+from .decoding.registry import build_strategies
 from .errors import ParameterError
+from .family import FamilyTraits
+from .geometry import Geometry
 from .loading import LoadedModel
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, FinishReason
 from .plan import RowReport, StepPlan
@@ -31,21 +34,11 @@ class EngineCore:
     def add(self, request: AddRequest) -> None:
         """Queue a request's choices. Raises ParameterError if it cannot be served; then nothing was queued."""
         self.validate(request)
-        feed, segment = first_rows(request.decoding, self.traits)
+        geometry = geometry_of(request, self.traits)
         leader: Sequence | None = None
         choices = []
         for choice in range(request.n):
-            sequence = Sequence(
-                request,
-                choice,
-                self._order,
-                self.traits.block_size,
-                self.traits.commit_seeds,
-                feed,
-                leader,
-                self.traits.commit_opens and not feed,
-                segment,
-            )
+            sequence = Sequence(request, choice, self._order, geometry, leader)
             leader = leader or sequence
             self._order += 1
             choices.append(sequence)
@@ -67,11 +60,18 @@ class EngineCore:
             raise ParameterError("stop_token_ids", f"token ids must lie in 0..{info.vocab_size - 1}")
         if request.sampling.max_tokens < 1:
             raise ParameterError("max_tokens", "max_tokens must be at least 1")
-        if len(request.prompt) + request.sampling.max_tokens > info.max_model_len:
+        if request.suffix and info.context != "full":
+            why = f"a {info.context} model does not see what follows its text: suffix needs full attention"
+            raise ParameterError("suffix", why)
+        if request.suffix and (min(request.suffix) < 0 or max(request.suffix) >= info.vocab_size):
+            raise ParameterError("suffix", f"token ids must lie in 0..{info.vocab_size - 1}")
+        known = len(request.prompt) + len(request.suffix)
+        if known + request.sampling.max_tokens > info.max_model_len:
             raise ParameterError(
                 "max_tokens",
-                f"the maximum context length is {info.max_model_len} tokens, but the prompt has {len(request.prompt)} "
-                f"and max_tokens is {request.sampling.max_tokens}",
+                f"the maximum context length is {info.max_model_len} tokens, but the prompt "
+                f"{'and suffix have' if request.suffix else 'has'} {known} and max_tokens is "
+                f"{request.sampling.max_tokens}",
                 code="context_length_exceeded",
             )
         if request.sampling.min_tokens > request.sampling.max_tokens:
@@ -132,6 +132,27 @@ class EngineCore:
             choices.remove(sequence)
         if not choices:
             self._sequences.pop(sequence.request.request_id, None)
+
+
+def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
+    """How the steps of a request's sequences are laid out."""
+    values = request.decoding.values
+    strategy = build_strategies(False)[request.decoding.strategy]
+    if strategy.frontier:
+        feed, segment = strategy.first_feed(values, traits), strategy.segment(values, traits)
+        return Geometry(feed=feed, refeeds=strategy.refeeds, segment=segment)
+    canvas = 0
+    if traits.context == "full":
+        canvas = len(request.prompt) + request.sampling.max_tokens + len(request.suffix)
+    return Geometry(
+        block=strategy.window(values, traits),
+        origin=len(request.prompt) if traits.grid == "prompt" else 0,
+        seeds=traits.commit_seeds,
+        opens=traits.commit_opens,
+        segment=strategy.segment(values, traits),
+        canvas=canvas,
+        asks_all=strategy.asks_all,
+    )
 
 
 def output_of(sequence: Sequence, tokens: list[int], finish: FinishReason | None) -> ChoiceOutput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from .batch import LogitRows
 from .decoding.advance import place_drafts
-from .decoding.parameters import MAX_DRAFT
+from .decoding.strategies.verify import MAX_DRAFT
 from .decoding.view import RowView, WindowStatistics
 from .models.decoder import Decoder
 from .models.draft_head import DraftHead
@@ -54,8 +54,8 @@ class Drafter:
         """
         valid = rows.valid.view(slots.shape[0], -1)
         if self._decoder.draft_head is None:
-            token, confidence = self._sampler.propose(state, hidden, rows, None, self._decoder.logits, flags)
-            token, confidence = token.view_as(valid), confidence.view_as(valid)
+            found = self._sampler.propose(state, hidden, rows, None, self._decoder.logits, flags)
+            token, confidence = found.token.view_as(valid), found.confidence.view_as(valid)
         else:
             to_logits = self._decoder.draft_head.quick_logits or self._decoder.head
             proposals = self._proposals(state, hidden, rows, flags, to_logits)
@@ -94,7 +94,7 @@ class Drafter:
         asks = rows.at(index.flatten())
         proposals = self._proposals(state, hidden, asks, flags, self._decoder.head)
         entries = torch.arange(index.numel(), device=index.device).view_as(index)
-        plain = ~(state.temperature[view.slots] > 0) & ~view.parameters["confidence"]
+        plain = ~(state.temperature[view.slots] > 0) & view.chosen("confidence", "tempered")
         tokens: list[Tensor] = []
         confidences: list[Tensor] = []
         before = sure = statistics.token[:, 0]
@@ -111,7 +111,7 @@ class Drafter:
             decided = view.decided[:, offset]
             before = torch.where(decided, view.tokens[:, offset].long(), token)
             sure = torch.where(decided | opening[:, offset], 1.0, joint)
-        return WindowStatistics(statistics.candidates, torch.stack(tokens, dim=1), torch.stack(confidences, dim=1))
+        return replace(statistics, token=torch.stack(tokens, dim=1), confidence=torch.stack(confidences, dim=1))
 
     def _proposals(
         self, state: RowState, hidden: Tensor, rows: LogitRows, flags: SamplingFlags, to_logits: Linear
@@ -153,7 +153,7 @@ class Drafter:
         scores = head.scores(proposals.normed[index], last, candidates)
         # Noise belongs to ids, so the candidates go to their places in the vocabulary.
         spread = scores.new_full((index.shape[0], self._decoder.backbone.vocab), -torch.inf)
-        drawn, sure = self._sampler.choose(state, spread.scatter_(1, candidates, scores), asked, None, flags)
+        drawn = self._sampler.choose(state, spread.scatter_(1, candidates, scores), asked, None, flags)
         sampled = state.temperature[asked.slot] > 0
-        sure = sure * proposals.covered[index]
-        return torch.where(sampled, drawn, token), torch.where(sampled, sure, confidence)
+        sure = drawn.confidence * proposals.covered[index]
+        return torch.where(sampled, drawn.token, token), torch.where(sampled, sure, confidence)

@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from .errors import ModelError
 
+# Longest window of the families that feed their masks causally.
+MAX_WINDOW = 64
+
 Context = Literal["block-causal", "token-causal", "full"]
 
 
@@ -28,6 +31,8 @@ class FamilyTraits:
     mask_id: token at undecided positions; None where there are none (autoregressive families).
     gated: an adapter acts on rows that are not final (masks, and tokens of a block that is being denoised).
     stop_ids: ids that end a text.
+    in_block: whether the masks of a block see all of it, or only what is fed before them (WeDLM).
+    grid: where blocks start: at the sequence's start, or at the prompt's end.
     fused_norm: RMSNorm multiplies by the weight in float32 and rounds once (SDAR) instead of rounding before (Llama,
         Qwen, Fast-dLLM v2).
     """
@@ -42,6 +47,15 @@ class FamilyTraits:
     banned_ids: tuple[int, ...] = ()
     fused_norm: bool = False
     gated: bool = False
+    in_block: Literal["bidirectional", "causal"] = "bidirectional"
+    grid: Literal["sequence", "prompt"] = "sequence"
+
+    @property
+    def overhang(self) -> int:
+        """Positions behind max_tokens that a step may run."""
+        if self.context == "full":
+            return 0
+        return MAX_WINDOW if self.in_block == "causal" else self.block_size
 
     @property
     def commit_seeds(self) -> bool:

@@ -18,7 +18,8 @@ from linocut.kernels.backend import Backend, default_backend
 from .cache.pages import PagePool
 from .cache.prefix import PrefixCache
 from .config import EngineConfig
-from .decoding.parameters import resolve, strategies_for
+from .decoding.parameters import resolve
+from .decoding.registry import offered
 from .errors import ConfigError, ModelError, ParameterError
 from .family import FamilyTraits, family_from_config
 from .machine import choose_device, choose_dtype, page_count, row_share
@@ -30,6 +31,10 @@ from .params import SamplingParams
 from .runner import ModelRunner
 from .scheduler import Scheduler
 from .state import FIRST_DRAFT, allocate_state
+
+# Bound of a canvas (prompt, text and suffix) and what of it is for the text, unless the operator or a request says so.
+MAX_CANVAS = 4096
+DEFAULT_CANVAS = 256
 
 log = logging.getLogger("linocut.engine")
 
@@ -80,11 +85,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
     dtype = choose_dtype(config, backbone, device)
     backend = _backend(config, backbone, device)
     try:
-        defaults = resolve(traits, {"strategy": config.strategy, **config.strategy_parameters})
+        offer = offered(traits)
+        defaults = resolve(offer, {"strategy": config.strategy, **config.strategy_parameters})
     except ParameterError as error:
         raise ConfigError(f"{error.param.removeprefix('diffusion.')}: {error}") from None
 
-    positions = (config.max_model_len or backbone.max_positions) + traits.block_size + 2 * FIRST_DRAFT
+    positions = (config.max_model_len or backbone.max_positions) + traits.overhang + 2 * FIRST_DRAFT
     weights = RandomWeights(dtype, device) if config.random_weights else WeightFiles(folder, dtype, device)
     decoder = Decoder(
         backbone,
@@ -101,8 +107,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
     )
     pages = page_count(config, backbone, traits, dtype, device)
     # The longest request must fit the pool by itself, its last block included; page 0 is padding.
-    room = (pages - 1) * config.page_size - traits.block_size
+    room = (pages - 1) * config.page_size - traits.overhang
     max_model_len = min(config.max_model_len or backbone.max_positions, room)
+    if traits.context == "full" and config.max_model_len is None:
+        # Every forward of a canvas may run all of it, so its length is bounded by what a forward may hold.
+        max_model_len = min(max_model_len, config.token_budget or MAX_CANVAS)
     if config.max_model_len is None and room < backbone.max_positions:
         log.warning(
             "K/V memory holds %d of the model's %d positions: --kv-memory sets it", room, backbone.max_positions
@@ -112,10 +121,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
     max_running = config.max_running or (32 if device.type == "cpu" else 256)
     token_budget = config.token_budget or (512 if device.type == "cpu" else 8192)
-    widest = max(2 * traits.block_size, FIRST_DRAFT)
+    if traits.context == "full" and config.token_budget is None:
+        token_budget = max(token_budget, max_model_len)
+    widest = max_model_len if traits.context == "full" else max(2 * traits.block_size, FIRST_DRAFT)
     if token_budget < widest:
         raise ConfigError(f"token_budget {token_budget} is less than the widest row, {widest} positions")
-    length = max_model_len + traits.block_size + 2 * FIRST_DRAFT
+    length = max_model_len + traits.overhang + 2 * FIRST_DRAFT
     table = -(-length // config.page_size)
     state = allocate_state(max_running, length, table, device)
     cache = allocate_cache(backbone, pages, config.page_size, dtype, device)
@@ -130,7 +141,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     )
     pool = PagePool(pages)
     fingerprint = f"{traits.context}/{traits.block_size}/start"
-    prefix = PrefixCache(pool, config.page_size, traits.block_size, fingerprint, config.prefix_caching)
+    # Token-causal K/V does not depend on blocks, and that of a canvas on all of it.
+    unit = traits.block_size if traits.context == "block-causal" else 1
+    prefix_caching = config.prefix_caching and traits.context != "full"
+    prefix = PrefixCache(pool, config.page_size, unit, fingerprint, prefix_caching)
     scheduler = Scheduler(pool, prefix, page_size=config.page_size, max_running=max_running, token_budget=token_budget)
     info = ModelInfo(
         family=traits.name,
@@ -138,10 +152,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
         block_size=traits.block_size,
         vocab_size=backbone.vocab,
         max_model_len=max_model_len,
+        default_max_tokens=min(DEFAULT_CANVAS, max_model_len) if traits.context == "full" else None,
         mask_id=traits.mask_id,
         stop_ids=traits.stop_ids,
         banned_ids=traits.banned_ids,
-        strategies=strategies_for(traits),
+        strategy_table=offer.strategy_table,
         default_strategy=defaults.strategy,
         default_parameters=defaults.values,
         default_sampling=_default_sampling(generation),
@@ -150,7 +165,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         numerics=config.numerics,
         attention=backend,
         quantization=config.quantization,
-        prefix_caching=config.prefix_caching,
+        prefix_caching=prefix_caching,
         token_budget=token_budget,
         page_size=config.page_size,
         pages=pages - 1,

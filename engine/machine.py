@@ -75,10 +75,10 @@ def page_count(
     else:
         memory = min(CPU_KV_BYTES, available_memory() // 4)
     # No more than every running sequence at full length could use.
-    length = (config.max_model_len or backbone.max_positions) + traits.block_size
+    length = (config.max_model_len or backbone.max_positions) + traits.overhang
     most = (config.max_running or 256) * -(-length // config.page_size) + 1
     pages = min(memory // per_page, most)
-    if pages < 2 + traits.block_size // config.page_size:
+    if pages < 2 + traits.overhang // config.page_size:
         raise ConfigError(f"{memory} bytes of K/V memory hold no sequence: a page takes {per_page} bytes")
     return int(pages)
 

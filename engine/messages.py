@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from .decoding.description import StrategyInfo
 from .params import DecodingParams, ParameterValue, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -14,7 +15,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Start `n` choices of one prompt. Choice i is sampled with the noise of (seed, i).
 
-    salt: tenants with different salts never share prefix pages.
+    suffix: ids that follow the generated text, for models that see them (full attention). salt: tenants with different
+    salts never share prefix pages.
     """
 
     request_id: str
@@ -22,6 +24,7 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     sampling: SamplingParams
     decoding: DecodingParams
     n: int = 1
+    suffix: list[int] = []
     salt: str = ""
 
 
@@ -49,11 +52,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     context: Literal["block-causal", "token-causal", "full"]
     block_size: int
     vocab_size: int
-    max_model_len: int  # prompt plus generated tokens
+    max_model_len: int  # prompt plus generated tokens, and the suffix where there is one
+    default_max_tokens: int | None = None  # of a request that names none; None: what the context has left
     mask_id: int | None
     stop_ids: tuple[int, ...]
     banned_ids: tuple[int, ...]  # ids that no request may be given as text or choose as output
-    strategies: tuple[str, ...]  # valid on this model, default first
+    strategy_table: tuple[StrategyInfo, ...]  # all of them, the family's default first
     default_strategy: str
     default_parameters: dict[str, ParameterValue]
     default_sampling: dict[str, float]  # of the checkpoint's generation_config.json
@@ -68,6 +72,11 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     pages: int
     max_running: int
     max_queued: int
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Names of the strategies that are valid on this model, the family's default first."""
+        return tuple(strategy.name for strategy in self.strategy_table if not strategy.refusal)
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -6,16 +6,25 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from .geometry import Geometry
 from .params import DecodingParams, SamplingParams
 
 
 @dataclass(frozen=True)
 class Admission:
-    """Fill a row's device state. `window`/`decided` restore a preempted row's active block."""
+    """Fill a row's device state. `window`/`decided` restore a preempted row's active block.
+
+    limit: position at which max_tokens ends the text; suffix: tokens that stand from there on (full attention).
+    key: the sequence's; what a preemption kept under it (`StepPlan.keeps`) comes back.
+    """
 
     slot: int
     tokens: list[int]
     prompt_len: int
+    limit: int
+    suffix: list[int]
+    geometry: Geometry
+    key: int
     final_len: int
     start: int
     step: int
@@ -61,11 +70,17 @@ class RowPlan(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One forward: state changes first, then the rows. Rows of one strategy stand together."""
+    """One forward: state changes first, then the rows. Rows of one strategy stand together.
+
+    keeps: (slot, key) of rows that were preempted, whose strategy's memory is to be kept. forgets: keys of sequences
+    that will not come back.
+    """
 
     admissions: list[Admission] = field(default_factory=list)
     grants: list[PageGrant] = field(default_factory=list)
     rows: list[RowPlan] = field(default_factory=list)
+    keeps: list[tuple[int, int]] = field(default_factory=list)
+    forgets: list[int] = field(default_factory=list)
 
 
 class RowReport(msgspec.Struct, frozen=True, gc=False):

@@ -7,17 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import ForwardBatch, LogitRows, build_batch, cap_span, concat_spans, draft_rows, window_index
+from .batch import (
+    ForwardBatch,
+    LogitRows,
+    build_batch,
+    cap_span,
+    concat_spans,
+    draft_rows,
+    segment_rows,
+    window_index,
+)
 from .decoding.advance import advance, guard, row_view
-from .decoding.parameters import FRONTIER
-from .decoding.registry import strategies
+from .decoding.registry import build_strategies
+from .decoding.strategy import Needs, Strategy
 from .decoding.view import Decision, RowView, Span, WindowStatistics
 from .drafting import Drafter
 from .family import FamilyTraits
 from .graphs import ForwardGraphs
 from .models.decoder import Decoder, KVCache
 from .params import DecodingParams, SamplingParams
-from .plan import RowPlan, RowReport, StepPlan
+from .plan import Admission, RowPlan, RowReport, StepPlan
 from .sampling import Sampler, SamplingFlags, to_window
 from .state import RowState, admit_rows, grant_pages, is_greedy
 
@@ -67,13 +76,15 @@ class ModelRunner:
         self.graphs = ForwardGraphs(decoder, cache) if graphs else None
         self.row_share = row_share
         self.reference = reference
-        self.strategies = strategies(reference)
+        self.strategies = build_strategies(reference)
         self.stop_at_block_end = reference and traits.logit_source == "own"
         banned = (*traits.banned_ids, *(() if traits.mask_id is None else (traits.mask_id,)))
         self.sampler = Sampler(banned, reference, decoder.backend, state.device)
         self.drafter = Drafter(decoder, self.sampler)
         self._flags: dict[int, SamplingFlags] = {}
         self._windows: dict[int, int] = {}
+        # What preempted rows' strategies remembered, by the key of the sequence.
+        self._kept: dict[int, dict[str, Tensor]] = {}
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[RowReport]:
@@ -92,25 +103,21 @@ class ModelRunner:
         batch = build_batch(state, plan.rows, slots, span, start, traits, self.cache.page_size)
         hidden = self._forward(batch)
         width = span.targets.shape[1]
-        flags = SamplingFlags(False, False, False, False)
+        flags = SamplingFlags()
         for some in {self._flags[row.slot] for row in plan.rows}:
             flags |= some
         if batch.logits is not None:
-            token, confidence = self.sampler.propose(
-                state, hidden, batch.logits, span.seeding, self.decoder.logits, flags
-            )
-            statistics = to_window(batch.logits, token, confidence, len(plan.rows), width)
+            found = self.sampler.propose(state, hidden, batch.logits, span.seeding, self.decoder.logits, flags)
+            statistics = to_window(batch.logits, found, len(plan.rows), width)
         else:
             statistics = _no_statistics(len(plan.rows), width, state.device)
         row_cost = marginal_cost(len(plan.rows), self.row_share)
         forward = Forward(plan.rows, hidden, batch.layout.query_start, batch.logits, flags, row_cost)
 
-        packed = [
-            self._advance(
-                group, view, _rows(span, group), whole[group.first : group.last], _cut(statistics, group), forward
-            )
-            for group, view in zip(groups, views, strict=True)
-        ]
+        packed = []
+        for group, view in zip(groups, views, strict=True):
+            view.whole = whole[group.first : group.last]
+            packed.append(self._advance(group, view, _rows(span, group), _cut(statistics, group), forward))
         return [report for group, table in zip(groups, packed, strict=True) for report in _unpack(table, group.window)]
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
@@ -126,14 +133,12 @@ class ModelRunner:
         group: Group,
         view: RowView,
         span: Span,
-        whole: Tensor,
         statistics: WindowStatistics,
         forward: Forward,
     ) -> Tensor:
         """Decide and advance one group; returns its packed report, [rows, 9 + 2 W] int32."""
         strategy = self.strategies[group.strategy]
-        frontier = group.strategy in FRONTIER
-        if self.traits.commit_opens and not frontier:
+        if self.traits.commit_opens and not strategy.frontier:
             # Clean rows are the autoregressive model: what they say stands.
             statistics.confidence.masked_fill_(statistics.candidates & span.opening, torch.inf)
             head, logits = self.decoder.draft_head, forward.logits
@@ -142,10 +147,12 @@ class ModelRunner:
                 statistics = self.drafter.couple(
                     head, self.state, forward.hidden, logits, forward.flags, view, statistics, span.opening, index
                 )
+        if span.segment_tokens is not None and span.segments is not None:
+            statistics.segments = self._segment_statistics(group, view, span.segments, forward)
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
-        outcome = advance(self.state, view, span, whole, decision, self.traits, frontier, self.stop_at_block_end)
+        outcome = advance(self.state, view, span, decision, self.traits, strategy, self.stop_at_block_end)
         if decision.accepted is not None and span.segments is not None:
-            self._draft(group, view, span.segments, decision, decision.accepted, whole, forward)
+            self._draft(group, view, span.segments, decision, decision.accepted, forward)
         # The load changes from step to step; a plan that the host has been told of must not.
         asked = view.parameters["row_cost"]
         self.state.row_cost[view.slots] = torch.where(asked < 0, forward.row_cost, asked)
@@ -169,9 +176,9 @@ class ModelRunner:
         segments: Tensor,
         decision: Decision,
         accepted: Tensor,
-        whole: Tensor,
         forward: Forward,
     ) -> None:
+        whole = view.whole
         plan = forward.rows[group.first : group.last]
         if not any(row.segments for row in plan):
             self.state.drafts[view.slots] = torch.where(whole, 0, view.drafts)
@@ -182,16 +189,46 @@ class ModelRunner:
         last = decision.tokens.gather(1, accepted[:, None])[:, 0]
         self.drafter.draft(self.state, forward.hidden, rows, forward.flags, view.slots, last, whole)
 
+    def _segment_statistics(
+        self, group: Group, view: RowView, segments: Tensor, forward: Forward
+    ) -> WindowStatistics | None:
+        """Of all rows of the segments that ran, on a grid of [rows, S * L]; None where none ran."""
+        plan = forward.rows[group.first : group.last]
+        if not any(row.segments for row in plan):
+            return None
+        first = forward.query_start[group.first : group.last]
+        rows = segment_rows(plan, view.slots, segments, view.start, first)
+        found = self.sampler.propose(self.state, forward.hidden, rows, None, self.decoder.logits, forward.flags)
+        return to_window(rows, found, len(plan), rows.source.shape[0] // len(plan))
+
     def _admit(self, plan: StepPlan) -> None:
+        for slot, key in plan.keeps:
+            self._kept[key] = {name: kept[slot].clone() for name, kept in self.state.memory.items()}
+        for key in plan.forgets:
+            self._kept.pop(key, None)
+        for row in plan.admissions:
+            self._remember(row)
         admit_rows(self.state, plan.admissions, self.traits.stop_ids, self.traits.mask_id)
+        for row in plan.admissions:
+            for name, value in self._kept.pop(row.key, {}).items():
+                self.state.memory[name][row.slot] = value
         grant_pages(self.state, plan.grants)
         if self.reference and plan.admissions:
             # The authors' code compares probabilities of the model's dtype, which rounds the threshold to it too.
             column = self.state.parameters["threshold"]
             column.copy_(column.to(self.decoder.dtype))
         for row in plan.admissions:
-            self._flags[row.slot] = _flags(row.sampling, row.decoding)
-            self._windows[row.slot] = window_of(row.decoding, self.traits)
+            strategy = self.strategies[row.decoding.strategy]
+            self._flags[row.slot] = _flags(row.sampling, row.decoding, strategy)
+            self._windows[row.slot] = strategy.window(row.decoding.values, self.traits)
+
+    def _remember(self, row: Admission) -> None:
+        """Make room for what the row's strategy keeps; for all slots, once."""
+        strategy, state = self.strategies[row.decoding.strategy], self.state
+        for name, memory in strategy.memory(row.decoding.values, self.traits).items():
+            if name not in state.memory:
+                shape = (state.start.shape[0], *memory.shape)
+                state.memory[name] = torch.zeros(shape, dtype=memory.dtype, device=state.device)
 
     def _groups(self, rows: list[RowPlan]) -> list[Group]:
         groups: list[Group] = []
@@ -210,21 +247,17 @@ class ModelRunner:
         return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _flags(sampling: SamplingParams, decoding: DecodingParams) -> SamplingFlags:
+def _flags(sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy) -> SamplingFlags:
+    needs = strategy.needs(decoding.values)
     filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
     return SamplingFlags(
         sampled=not is_greedy(sampling),
         filtered=filtered,
         stops_banned=sampling.ignore_eos or sampling.min_tokens > 0,
         filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
+        entropy=bool(needs & Needs.ENTROPY),
+        margin=bool(needs & Needs.MARGIN),
     )
-
-
-def window_of(decoding: DecodingParams, traits: FamilyTraits) -> int:
-    """Positions that a step of the strategy looks at: a block, or the last token's drafts and what follows them."""
-    if decoding.strategy not in FRONTIER:
-        return traits.block_size
-    return int(decoding.values.get("draft_length", 1)) + (decoding.strategy == "verify")
 
 
 def marginal_cost(rows: int, share: float) -> float:
@@ -246,13 +279,21 @@ def _rows(span: Span, group: Group) -> Span:
         span.targets[at, : group.window],
         span.seeding[at],
         span.opening[at, : group.window],
+        None if span.order is None else span.order[at, : group.window],
         None if span.segments is None else span.segments[at],
+        None if span.segment_tokens is None else span.segment_tokens[at],
     )
 
 
 def _cut(statistics: WindowStatistics, group: Group) -> WindowStatistics:
     at = (slice(group.first, group.last), slice(0, group.window))
-    return WindowStatistics(statistics.candidates[at], statistics.token[at], statistics.confidence[at])
+    return WindowStatistics(
+        statistics.candidates[at],
+        statistics.token[at],
+        statistics.confidence[at],
+        None if statistics.entropy is None else statistics.entropy[at],
+        None if statistics.margin is None else statistics.margin[at],
+    )
 
 
 def _no_statistics(rows: int, window: int, device: torch.device) -> WindowStatistics:

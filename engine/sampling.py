@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from linocut.kernels.backend import Backend
 from linocut.kernels.statistics import SamplingRows, VocabStatistics, reference_statistics, vocab_statistics
 
 from .batch import LogitRows
+from .decoding.registry import columns
 from .decoding.view import WindowStatistics
 from .state import RowState
 
@@ -23,18 +24,15 @@ CHUNK = 512
 class SamplingFlags:
     """What the host knows of a batch's rows, so that the device skips work nobody asked for."""
 
-    sampled: bool  # some row has temperature > 0
-    filtered: bool  # some row has top_k, top_p or min_p
-    stops_banned: bool  # some row has min_tokens or ignore_eos
-    filtered_confidence: bool  # some row wants the probability after the filters
+    sampled: bool = False  # some row has temperature > 0
+    filtered: bool = False  # some row has top_k, top_p or min_p
+    stops_banned: bool = False  # some row has min_tokens or ignore_eos
+    filtered_confidence: bool = False  # some row wants the probability after the filters
+    entropy: bool = False  # some row's strategy needs it, and so on
+    margin: bool = False
 
     def __or__(self, other: SamplingFlags) -> SamplingFlags:
-        return SamplingFlags(
-            self.sampled or other.sampled,
-            self.filtered or other.filtered,
-            self.stops_banned or other.stops_banned,
-            self.filtered_confidence or other.filtered_confidence,
-        )
+        return SamplingFlags(*(a or b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Sampler:
@@ -44,6 +42,7 @@ class Sampler:
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.int64, device=device)
         self._reference = reference
         self._backend = backend
+        self._filtered = columns().of["confidence"].codes["filtered"]
 
     def propose(
         self,
@@ -53,34 +52,37 @@ class Sampler:
         seeding: Tensor | None,
         to_logits: Callable[[Tensor], Tensor],
         flags: SamplingFlags,
-    ) -> tuple[Tensor, Tensor]:
-        """Token (int64) and confidence (float32) of every logits row, both [M].
+    ) -> VocabStatistics:
+        """Token, confidence and what the flags ask for of every logits row, [M] each.
 
         hidden: [tokens, hidden size]. seeding: [rows] bool, or None. Noise is keyed by (seed, choice, position,
         block step).
         """
-        tokens, confidences = [], []
+        parts = []
         for at in range(0, rows.source.shape[0], CHUNK):
             part = rows.at(slice(at, at + CHUNK))
-            token, confidence = self.choose(state, to_logits(hidden[part.source]), part, seeding, flags)
-            tokens.append(token)
-            confidences.append(confidence)
-        return torch.cat(tokens), torch.cat(confidences)
+            parts.append(self.choose(state, to_logits(hidden[part.source]), part, seeding, flags))
+        return parts[0] if len(parts) == 1 else _joined(parts)
 
     def choose(
         self, state: RowState, logits: Tensor, rows: LogitRows, seeding: Tensor | None, flags: SamplingFlags
-    ) -> tuple[Tensor, Tensor]:
-        """Token and confidence of `rows` from their logits ([M, vocab], changed in place), both [M]."""
+    ) -> VocabStatistics:
+        """Token, confidence and so on of `rows` from their logits ([M, vocab], changed in place), [M] each."""
         sampling = self._sampling_rows(state, rows, seeding, flags) if flags.sampled or flags.filtered else None
-        after = state.parameters["confidence"][rows.slot] if flags.filtered_confidence else None
+        after = state.parameters["confidence"][rows.slot] == self._filtered if flags.filtered_confidence else None
         self.ban(state, logits, rows.slot, rows.position, flags)
-        result = self._reduce(logits, sampling, after)
-        return result.token, result.confidence
-
-    def _reduce(self, logits: Tensor, sampling: SamplingRows | None, filtered: Tensor | None) -> VocabStatistics:
         if self._reference:
-            return reference_statistics(logits, sampling, filtered_confidence=filtered)
-        return vocab_statistics(logits, sampling, filtered_confidence=filtered, backend=self._backend)
+            return reference_statistics(
+                logits, sampling, filtered_confidence=after, entropy=flags.entropy, margin=flags.margin
+            )
+        return vocab_statistics(
+            logits,
+            sampling,
+            entropy=flags.entropy,
+            margin=flags.margin,
+            filtered_confidence=after,
+            backend=self._backend,
+        )
 
     def ban(self, state: RowState, logits: Tensor, slot: Tensor, position: Tensor, flags: SamplingFlags) -> None:
         """Set what may not be chosen to -inf, in place: mask, unused ids, and stop ids before their time."""
@@ -115,15 +117,35 @@ class Sampler:
         )
 
 
-def to_window(rows: LogitRows, token: Tensor, confidence: Tensor, count: int, window: int) -> WindowStatistics:
+def _joined(parts: list[VocabStatistics]) -> VocabStatistics:
+    def cat(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    return VocabStatistics(
+        torch.cat([part.token for part in parts]),
+        torch.cat([part.confidence for part in parts]),
+        torch.cat([part.logprob for part in parts]),
+        entropy=cat("entropy"),
+        margin=cat("margin"),
+    )
+
+
+def to_window(rows: LogitRows, found: VocabStatistics, count: int, window: int) -> WindowStatistics:
     """Scatter [M] results to the [count, window] grid; what the host reserved in vain goes to a column cut off here."""
-    device = token.device
+    device = found.token.device
     column = torch.where(rows.valid, rows.offset, window)
     # Scattered, not assigned: writing a Python scalar through tensor indices would wait for the device.
     at = rows.row * (window + 1) + column
-    size = count * (window + 1)
-    ids = torch.zeros(size, dtype=torch.int64, device=device).scatter_(0, at, token)
-    scores = torch.full((size,), -torch.inf, device=device).scatter_(0, at, confidence)
-    asked = torch.zeros(size, dtype=torch.bool, device=device).scatter_(0, at, rows.valid)
-    grid = (count, window + 1)
-    return WindowStatistics(asked.view(grid)[:, :window], ids.view(grid)[:, :window], scores.view(grid)[:, :window])
+
+    def grid(values: Tensor | None, empty: float) -> Tensor | None:
+        if values is None:
+            return None
+        spread = torch.full((count * (window + 1),), empty, dtype=values.dtype, device=device)
+        return spread.scatter_(0, at, values).view(count, window + 1)[:, :window]
+
+    asked, token, confidence = grid(rows.valid, False), grid(found.token, 0), grid(found.confidence, -torch.inf)
+    assert asked is not None
+    assert token is not None
+    assert confidence is not None
+    return WindowStatistics(asked, token, confidence, grid(found.entropy, torch.inf), grid(found.margin, -torch.inf))

@@ -48,6 +48,8 @@ class Scheduler:
         self._slots = list(range(max_running - 1, -1, -1))
         self._planned: list[tuple[Sequence, RowPlan]] = []
         self._step = 0
+        self._keeps: list[tuple[int, int]] = []
+        self._forgets: list[int] = []
 
     # ---------------------------------------------------------------- requests
 
@@ -61,6 +63,8 @@ class Scheduler:
             self._release(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+            if sequence.forwards:
+                self._forgets.append(sequence.order)
         sequence.status = Status.FINISHED
 
     @property
@@ -112,7 +116,9 @@ class Scheduler:
         for sequence in rows:
             sequence.last_step = self._step
         self._planned = sorted(rows.items(), key=lambda item: (item[1].strategy, item[0].order))
-        return StepPlan(admissions, list(grants.values()), [row for _, row in self._planned])
+        keeps, forgets = self._keeps, self._forgets
+        self._keeps, self._forgets = [], []
+        return StepPlan(admissions, list(grants.values()), [row for _, row in self._planned], keeps, forgets)
 
     def planned(self) -> list[Sequence]:
         """The sequences of the last plan, in the order of its rows."""
@@ -138,21 +144,23 @@ class Scheduler:
         if sequence.width + sequence.scratch <= budget:
             return sequence.width
         # A frontier needs no grid.
-        unit = 1 if sequence.feed else sequence.block_size
+        unit = 1 if sequence.geometry.feed else sequence.geometry.block
         return min(sequence.clean // unit, budget // unit) * unit
 
     def _row(self, sequence: Sequence, width: int) -> RowPlan:
         whole = width == sequence.width
         segments = sequence.segments if whole else 0
-        scratch = segments * sequence.segment
+        geometry = sequence.geometry
+        scratch = segments * geometry.segment
+        reach = max(sequence.start + geometry.block, geometry.canvas) if whole else 0
         return RowPlan(
             slot=self._slot(sequence),
             strategy=sequence.request.decoding.strategy,
             width=width,
             targets=sequence.targets if whole else 0,
-            end=max(sequence.run_start + width + scratch, sequence.start + sequence.block_size if whole else 0),
+            end=max(sequence.run_start + width + scratch, reach),
             segments=segments,
-            segment=sequence.segment,
+            segment=geometry.segment,
         )
 
     def _extend(
@@ -169,7 +177,8 @@ class Scheduler:
         """
         while True:
             scratch = sequence.scratch if width == sequence.width else 0
-            missing = self._pages_for(sequence.run_start + width + scratch) - len(sequence.pages)
+            reach = max(sequence.run_start + width + scratch, sequence.geometry.canvas)
+            missing = self._pages_for(reach) - len(sequence.pages)
             if missing <= 0:
                 return None, width
             first = len(sequence.pages)
@@ -203,10 +212,10 @@ class Scheduler:
             self.counters.discarded_tokens += sum(report.decided[report.prefix - sequence.start :])
             sequence.finish = "stop" if report.finish == 1 else "length"
             sequence.stop_token = sequence.tokens[-1] if report.finish == 1 else None
-        moved = report.next_start != sequence.start
-        self.counters.blocks_finished += moved
-        sequence.window = [] if moved else report.window
-        sequence.decided = [] if moved else report.decided
+        moved = report.next_start - sequence.start
+        self.counters.blocks_finished += moved > 0
+        sequence.window = report.window[moved:]
+        sequence.decided = report.decided[moved:]
         sequence.start = report.next_start
         sequence.final_len = report.next_final_len
         sequence.step = report.next_step
@@ -286,6 +295,10 @@ class Scheduler:
             slot=self._slot(sequence),
             tokens=sequence.tokens,
             prompt_len=sequence.prompt_len,
+            limit=sequence.limit,
+            suffix=sequence.request.suffix,
+            geometry=sequence.geometry,
+            key=sequence.order,
             final_len=sequence.final_len,
             start=sequence.start,
             step=sequence.step,
@@ -308,6 +321,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.counters.preemptions += 1
+        self._keeps.append((self._slot(sequence), sequence.order))
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from .cache.prefix import Unit
+from .geometry import Geometry
 from .messages import AddRequest, FinishReason
 
 
@@ -29,12 +30,8 @@ class Sequence:
     request: AddRequest
     choice: int
     order: int  # of arrival; the scheduler is first come, first served
-    block_size: int
-    seeds: bool  # a block's first position is decided by a forward of its own (FamilyTraits.commit_seeds)
-    feed: int  # rows that the first step feeds from the last token on, if the strategy walks a frontier; else 0
+    geometry: Geometry
     leader: Sequence | None = None
-    opens: bool = False  # a block's first position is decided by the forward that denoises the rest (commit_opens)
-    segment: int = 0  # rows of a draft segment, for strategies that draft with masks
 
     tokens: list[int] = field(default_factory=list)
     start: int = 0
@@ -62,9 +59,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
-        self.start = len(self.tokens) // self.block_size * self.block_size
-        if self.feed:
-            self.start = len(self.tokens)
+        self.start = self.geometry.start(len(self.tokens))
         self.plan_from(0)
 
     @property
@@ -83,17 +78,20 @@ class Sequence:
     @property
     def clean(self) -> int:
         """Final positions without K/V that a chunk may run. The row that yields the next logits is not among them."""
-        return max(self.start - self.final_len - (1 if self.feed or self.opens else 0), 0)
+        geometry = self.geometry
+        if geometry.canvas:
+            return 0
+        return max(self.start - self.final_len - (1 if geometry.refeeds or geometry.opens else 0), 0)
 
     @property
     def prefilling(self) -> bool:
         """More than one block of clean tokens has no K/V yet."""
-        return self.clean > self.block_size
+        return self.clean > self.geometry.block
 
     @property
     def scratch(self) -> int:
         """Rows of the next whole step whose K/V nobody sees afterwards."""
-        return self.segments * self.segment
+        return self.segments * self.geometry.segment
 
     @property
     def run_end(self) -> int:
@@ -104,17 +102,25 @@ class Sequence:
 
         Mirrors `decoding.spans` for the one case that the host must know before the device has seen the row.
         """
+        geometry = self.geometry
         self.final_len = self.run_start = final_len
-        if self.feed:
-            self.targets = min(self.feed, self.limit - self.start)
+        if geometry.refeeds:
+            self.targets = min(geometry.feed, self.limit - self.start)
             self.width = self.start + self.targets - 1 - final_len
-            self.segments = 1 if self.segment and self.start + 3 <= self.limit else 0
+            self.segments = 1 if geometry.segment and self.start + 3 <= self.limit else 0
+            return
+        if geometry.feed:
+            self.targets = geometry.feed
+            self.width = self.start + geometry.feed - final_len
+            return
+        if geometry.canvas:
+            self.width, self.targets = geometry.canvas, geometry.block
             return
         first_undecided = not (self.decided[0] if self.decided else self.start < len(self.tokens))
-        if self.seeds and first_undecided and self.start > 0:
+        if geometry.seeds and first_undecided and self.start > 0:
             self.width, self.targets = self.start - final_len, 1
             return
-        self.width = self.start + self.block_size - final_len
+        self.width = self.start + geometry.block - final_len
         # At most: a sub-block needs fewer. The first step after admission may reserve a few logits rows too many.
         known = sum(self.decided) if self.decided else len(self.tokens) - self.start
-        self.targets = self.block_size - known
+        self.targets = geometry.block - (0 if geometry.asks_all else known)

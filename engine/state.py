@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .decoding.parameters import FRONTIER, MAX_DRAFT
+from .decoding.columns import Parameters
+from .decoding.registry import columns
+from .decoding.strategies.verify import MAX_DRAFT
 from .params import SamplingParams
 from .plan import Admission, PageGrant
 
@@ -28,14 +30,14 @@ class RowState:
     """State of `rows` slots; `length` positions each. Integers are int32 unless noted.
 
     tokens, decided: [rows, length]. Undecided positions hold the mask id, or a draft.
-    prompt_len, start, final_len, step, limit: [rows]; see `Sequence`.
+    prompt_len, start, final_len, step, limit: [rows]; see `Sequence`. block, origin, canvas: [rows]; see `Geometry`.
     fresh: [rows] bool, the active block's slots hold K/V of a whole-block forward (sub-block cache).
     drafts: [rows], drafts of masks that stand behind `start`; draft_confidence: [rows, MAX_DRAFT] float32. row_cost:
         [rows] float32, what a row of the coming step must promise (the parameter of that name, or what the load says).
     stops: [rows, K] ids that end the text, padded with -1; stops_from: [rows, K] the position below which each is
         banned (min_tokens; for ignore_eos the family's are banned everywhere).
     page_table: [rows, pages].
-    parameters: strategy parameter name -> [rows].
+    parameters: strategy parameter name -> [rows]. memory: what strategies keep of their rows, name -> [rows, ...].
     """
 
     tokens: Tensor
@@ -45,6 +47,9 @@ class RowState:
     final_len: Tensor
     step: Tensor
     limit: Tensor
+    block: Tensor
+    origin: Tensor
+    canvas: Tensor
     fresh: Tensor
     drafts: Tensor
     draft_confidence: Tensor
@@ -58,28 +63,12 @@ class RowState:
     min_p: Tensor
     seed: Tensor
     choice: Tensor
-    parameters: dict[str, Tensor]
+    parameters: Parameters
+    memory: dict[str, Tensor]
 
     @property
     def device(self) -> torch.device:
         return self.tokens.device
-
-
-# Every numeric strategy parameter as a column: name -> (dtype, value where a strategy leaves it out). Texts are coded.
-PARAMETER_COLUMNS: dict[str, tuple[torch.dtype, float]] = {
-    "threshold": (torch.float32, 1.0),
-    "denoising_steps": (_INT, 0),
-    "sub_block_size": (_INT, 0),
-    "sub_block_cache": (torch.bool, 0),
-    "confidence": (torch.bool, 0),
-    "order": (torch.bool, 0),
-    "draft_length": (_INT, 1),
-    "row_cost": (torch.float32, -1.0),
-}
-_CODES: dict[str, dict[str, int]] = {
-    "confidence": {"tempered": 0, "filtered": 1},
-    "order": {"confidence": 0, "sequential": 1},
-}
 
 
 def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> RowState:
@@ -99,6 +88,9 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
         final_len=ints(rows),
         step=ints(rows),
         limit=ints(rows),
+        block=ints(rows),
+        origin=ints(rows),
+        canvas=ints(rows),
         fresh=torch.zeros(rows, dtype=torch.bool, device=device),
         drafts=ints(rows),
         draft_confidence=torch.zeros((rows, MAX_DRAFT), dtype=torch.float32, device=device),
@@ -112,10 +104,12 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
         min_p=floats(),
         seed=torch.zeros(rows, dtype=torch.int64, device=device),
         choice=ints(rows),
-        parameters={
-            name: torch.full((rows,), value, dtype=dtype, device=device)
-            for name, (dtype, value) in PARAMETER_COLUMNS.items()
-        },
+        parameters=Parameters(
+            columns(),
+            torch.full((rows, columns().numbers), -1.0, device=device),
+            ints(rows, columns().integers),
+        ),
+        memory={},
     )
 
 
@@ -146,7 +140,10 @@ def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int
     write_list(state.start, [row.start for row in admissions])
     write_list(state.final_len, [row.final_len for row in admissions])
     write_list(state.step, [row.step for row in admissions])
-    write_list(state.limit, [row.prompt_len + row.sampling.max_tokens for row in admissions])
+    write_list(state.limit, [row.limit for row in admissions])
+    write_list(state.block, [row.geometry.block for row in admissions])
+    write_list(state.origin, [row.geometry.origin for row in admissions])
+    write_list(state.canvas, [row.geometry.canvas for row in admissions])
     write_list(state.fresh, [False] * len(admissions))
     write_list(state.drafts, [0] * len(admissions))
     write_list(state.row_cost, [0.0] * len(admissions))
@@ -156,9 +153,11 @@ def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int
     write_list(state.min_p, [s.min_p for s in sampling])
     write_list(state.seed, [_signed(s.seed) for s in sampling])
     write_list(state.choice, [row.choice for row in admissions])
-    for name, (_, default) in PARAMETER_COLUMNS.items():
-        values = [row.decoding.values.get(name, default) for row in admissions]
-        write_list(state.parameters[name], [_CODES[name].get(v, 0) if isinstance(v, str) else v for v in values])
+    numbers, integers = state.parameters.columns.encode([row.decoding.values for row in admissions])
+    write(state.parameters.numbers, numbers)
+    write(state.parameters.integers, integers)
+    for kept in state.memory.values():
+        kept.index_fill_(0, slots, 0)
 
 
 def is_greedy(sampling: SamplingParams) -> bool:
@@ -181,7 +180,7 @@ def _initial_tokens(admissions: list[Admission], length: int, mask_id: int | Non
     decided = torch.zeros((len(admissions), length), dtype=torch.bool)
     for index, row in enumerate(admissions):
         known = len(row.tokens)
-        if mask_id is None or row.decoding.strategy in FRONTIER:
+        if mask_id is None or row.geometry.refeeds:
             ids = (row.tokens * (2 + FIRST_DRAFT // known))[: known + FIRST_DRAFT]
         else:
             ids = [*row.tokens, *row.window[max(known - row.start, 0) :]]
@@ -189,6 +188,9 @@ def _initial_tokens(admissions: list[Admission], length: int, mask_id: int | Non
         decided[index, :known] = True
         if row.decided:
             decided[index, row.start : row.start + len(row.decided)] = torch.tensor(row.decided)
+        if row.suffix:
+            tokens[index, row.limit : row.limit + len(row.suffix)] = torch.tensor(row.suffix, dtype=_INT)
+            decided[index, row.limit : row.limit + len(row.suffix)] = True
     return tokens, decided
 
 

@@ -208,13 +208,18 @@ def _merge_top(ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reference_statistics(
-    logits: Tensor, sampling: SamplingRows | None, *, filtered_confidence: Tensor | None = None
+    logits: Tensor,
+    sampling: SamplingRows | None,
+    *,
+    filtered_confidence: Tensor | None = None,
+    entropy: bool = False,
+    margin: bool = False,
 ) -> VocabStatistics:
     """Statistics with the arithmetic of the models' own scripts: probabilities rounded to the logits' dtype.
 
     Greedy rows take the argmax over the rounded probabilities, lowest id first: in bfloat16 many ids tie, and a float32
     argmax would choose others. Sampled rows take the Gumbel-max over the rounded tempered logits that pass the filters.
-    Arguments as in `vocab_statistics`; torch only; entropy, margin and top ids are not given.
+    Entropy is of the distribution without temperature. Arguments as in `vocab_statistics`; torch only; no top ids.
     """
     scaled = logits
     if sampling is not None and sampling.sampled:
@@ -238,4 +243,11 @@ def reference_statistics(
         after = torch.softmax(scaled.masked_fill(~kept, -torch.inf), dim=-1)
         confidence = torch.where(filtered_confidence, after.gather(-1, token[:, None])[:, 0], confidence)
     confidence = confidence.float()
-    return VocabStatistics(token, confidence, confidence.log())
+    found = VocabStatistics(token, confidence, confidence.log())
+    if entropy:
+        logs = torch.log_softmax(logits, dim=-1)
+        found.entropy = -torch.where(logs > -torch.inf, logs.exp() * logs, 0.0).sum(-1).float()
+    if margin:
+        best = logits.topk(2, dim=-1).values
+        found.margin = (best[:, 0] - best[:, 1]).float()
+    return found

@@ -13,7 +13,7 @@ from .service import Service
 
 def announce(service: Service, url: str) -> None:
     model = msgspec.structs.asdict(service.model)
-    hidden = {"stop_ids", "banned_ids", "strategies", "default_strategy", "default_parameters"}
+    hidden = {"stop_ids", "banned_ids", "strategy_table", "default_strategy", "default_parameters"}
     lines = {name: value for name, value in model.items() if name not in hidden and value not in ({}, ())}
     lines["strategies"] = ", ".join(service.model.strategies)
     defaults = " ".join(f"{name}={value}" for name, value in service.model.default_parameters.items())

@@ -67,4 +67,4 @@ def _room(request: ChatRequest | CompletionRequest, model: ModelInfo, prompt_tok
             param=prompt_param,
             code="context_length_exceeded",
         )
-    return left if asked is None else asked
+    return min(left, model.default_max_tokens or left) if asked is None else asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,22 +66,21 @@ def step_traced(core: EngineCore, name: str, trace: Trace, before: Callable[[Ste
     """One engine step; adds what it did to the sequence `name` to `trace`. `before` may change the rows' state."""
     plan = core.scheduler.schedule()
     if before is not None:
-        core.execute(StepPlan(plan.admissions, plan.grants))
+        core.execute(dataclasses.replace(plan, rows=[]))
         before(plan)
         plan = StepPlan(rows=plan.rows)
     planned = core.scheduler.planned()
-    held: dict[Sequence, tuple[int, list[bool]]] = {s: (s.start, list(s.decided)) for s in planned}
-    known = {s: len(s.tokens) for s in planned}
+    held = {s: (s.start, _held(s)) for s in planned}
     reports = core.execute(plan)
     for sequence, report in zip(planned, reports, strict=True):
         if sequence.request.request_id != name:
             continue
-        start, decided = held[sequence]
+        start, before_it = held[sequence]
         trace.forwards += 1
         fresh = {
             start + i: token
             for i, (token, now) in enumerate(zip(report.window, report.decided, strict=True))
-            if now and not (decided[i] if decided else start + i < known[sequence])
+            if now and before_it.get(i) != token
         }
         if fresh:
             trace.steps.append(fresh)
@@ -91,6 +91,13 @@ def step_traced(core: EngineCore, name: str, trace: Trace, before: Callable[[Ste
         if sequence.finish:
             core.forget(sequence)
     core.scheduler.check()
+
+
+def _held(sequence: Sequence) -> dict[int, int]:
+    """Decided offsets of a sequence's window and their tokens."""
+    held = dict(enumerate(sequence.tokens[sequence.start :]))
+    held |= {i: token for i, token in enumerate(sequence.window) if sequence.decided[i]}
+    return held
 
 
 def _renamed(request: AddRequest) -> AddRequest:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..family import FamilyTraits
 from ..state import RowState
+from .strategy import Strategy
 from .view import Decision, RowView, Span, WindowStatistics
 
 RUNNING, STOPPED, FULL = 0, 1, 2
@@ -25,18 +26,22 @@ def row_view(state: RowState, slots: Tensor, window: int) -> RowView:
         prompt_len=state.prompt_len[slots],
         limit=state.limit[slots],
         step=state.step[slots],
+        block=state.block[slots],
+        canvas=state.canvas[slots],
         tokens=state.tokens[slots[:, None], places],
         decided=state.decided[slots[:, None], places],
         fresh=state.fresh[slots],
         drafts=state.drafts[slots],
         draft_confidence=state.draft_confidence[slots],
         row_cost=state.row_cost[slots],
-        parameters={name: column[slots] for name, column in state.parameters.items()},
+        parameters=state.parameters.of(slots),
+        memory=state.memory,
     )
 
 
 def guard(view: RowView, statistics: WindowStatistics, decision: Decision) -> Decision:
-    """Decided positions stay as they are, and a row that asked about positions decides at least one of them.
+    """Prompts stay as they are, and so do decided positions that a strategy does not overwrite; a row that asked about
+    undecided positions decides at least one of them.
 
     The forced one has the best confidence, leftmost on ties. (decoding_strategies.md, section 7.4.)
     """
@@ -45,43 +50,51 @@ def guard(view: RowView, statistics: WindowStatistics, decision: Decision) -> De
     score = torch.where(allowed, statistics.confidence, -torch.inf)
     best = torch.zeros_like(commit).scatter_(1, score.argmax(dim=1, keepdim=True), True) & allowed
     commit = torch.where(commit.any(dim=1, keepdim=True), commit, best)
-    return replace(decision, commit=commit)
+    overwrite = decision.overwrite
+    if overwrite is not None:
+        overwrite = overwrite & statistics.candidates & view.decided & (view.places >= view.prompt_len[:, None])
+    return replace(decision, commit=commit, overwrite=overwrite)
 
 
 def advance(
     state: RowState,
     view: RowView,
     span: Span,
-    whole: Tensor,
     decision: Decision,
     traits: FamilyTraits,
-    frontier: bool,
+    strategy: Strategy,
     stop_at_block_end: bool,
 ) -> Tensor:
     """Write a decision to the rows, find the end of their text, and move them to their next block.
 
-    whole: [rows] bool, the row ran all of its span (a chunk decides nothing). frontier: the rows go on from their last
-    token instead of from block to block. stop_at_block_end: look for stop ids only
-    once the block is full (SDAR's reference loop) instead of as soon as no undecided position stands before one.
+    The rows are of one strategy; those that ran a chunk (`view.whole`) decide nothing. stop_at_block_end: look for stop
+    ids only once the block is full (SDAR's reference loop) instead of as soon as no undecided position stands before
+    one.
     Returns [rows, 2 + 2 W] int32: finish, prefix, window ids, window flags, as decided.
     """
-    window = view.tokens.shape[1]
-    offsets = torch.arange(window, device=view.start.device)
-    places = view.start[:, None].long() + offsets
+    whole = view.whole
+    places = view.places.long()
     rows = view.slots[:, None]
 
     commit = decision.commit & whole[:, None]
-    tokens = torch.where(commit, decision.tokens.to(view.tokens.dtype), view.tokens)
+    changed = commit if decision.overwrite is None else commit | (decision.overwrite & whole[:, None])
+    tokens = torch.where(changed, decision.tokens.to(view.tokens.dtype), view.tokens)
     decided = view.decided | commit
 
-    leading = decided.int().cumprod(dim=1).sum(dim=1)
-    in_prefix = offsets < leading[:, None]
+    mine = decided if strategy.frontier else decided & view.inside
+    leading = mine.int().cumprod(dim=1).sum(dim=1)
+    if decision.open is not None:
+        # What may still be edited is no part of the text.
+        leading = torch.where(decision.open, (view.prompt_len - view.start).clamp(min=0), leading)
+    in_prefix = view.offsets < leading[:, None]
     generated = (places >= view.prompt_len[:, None]) & (places < view.limit[:, None])
     stops = (tokens[:, :, None] == state.stops[view.slots][:, None, :]).any(dim=2) & in_prefix & generated
-    complete = decided.all(dim=1)
+    complete = (decided | ~view.inside).all(dim=1)
+    if decision.open is not None:
+        complete = complete & ~decision.open
     has_stop = stops.any(dim=1)
     stopped = has_stop & whole
-    if stop_at_block_end and traits.block_size > 1:
+    if stop_at_block_end and not strategy.frontier:
         stopped = stopped & complete
     prefix = view.start + leading
     full = (prefix >= view.limit) & whole & ~has_stop
@@ -92,17 +105,23 @@ def advance(
     state.tokens[rows, places] = tokens
     state.decided[rows, places] = decided
     done = torch.minimum(span.run_end, span.clean_end)
-    if frontier:
+    if strategy.refeeds:
         start = view.start + torch.where(whole, leading, 0).int()
         # The last token is fed again: its row predicts the next position.
         final_len = torch.where(whole, start, torch.minimum(done + 1, view.start)) - 1
+    elif strategy.frontier:
+        start = view.start + torch.where(whole, leading, 0).int()
+        final_len = torch.maximum(view.final_len, done)
+        state.step[view.slots] = (view.step + whole.int()).int()
     else:
         moved = complete & whole
-        start = view.start + torch.where(moved, traits.block_size, 0).int()
+        start = view.start + torch.where(moved, view.block, 0).int()
         if traits.commit_opens:
             # A chunk leaves the row that opens to the step that asks it.
             done = torch.where(whole, done, torch.minimum(done, span.clean_end - 1))
         final_len = torch.maximum(view.final_len, done)
+        if decision.settled is not None:
+            final_len = torch.where(moved & decision.settled, start, final_len)
         refined = whole & ~span.seeding
         state.step[view.slots] = torch.where(moved, 0, view.step + refined.int()).int()
         ran_block = whole & (span.run_start <= view.start) & ~span.seeding

@@ -13,7 +13,7 @@ def ranks(score: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, positions)
 
 
-def scheduled(step: Tensor, steps: Tensor, block: int) -> Tensor:
+def scheduled(step: Tensor, steps: Tensor, block: Tensor) -> Tensor:
     """[rows]: positions that step `step` of a block has to commit when `steps` forwards share it.
 
     block // steps each, the remainder to the first ones (SDAR `get_num_transfer_tokens`); 0 steps means one a

@@ -1,11 +1,21 @@
-"""Which positions a row runs next, for the two geometries of the families: blocks, and a causal frontier."""
+"""Which positions a row runs next, by the family's geometry: blocks on a grid, a canvas, a causal frontier."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..family import FamilyTraits
 from .view import RowView, Span
+
+
+def plan_grid(view: RowView, traits: FamilyTraits, asks_all: bool = False) -> Span:
+    """The active block; with `asks_all` its decided positions behind the prompt are asked about, too."""
+    span = plan_canvas(view, traits) if traits.context == "full" else plan_block(view, traits)
+    if asks_all:
+        generated = view.inside & (view.places >= view.prompt_len[:, None])
+        span.targets = torch.where(span.seeding[:, None], span.targets, generated)
+    return span
 
 
 def plan_block(view: RowView, traits: FamilyTraits) -> Span:
@@ -22,20 +32,18 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
     With `sub_block_cache` a refinement runs only its sub-block, on the other sub-blocks' K/V as of the last whole-block
     forward, as long as the sub-block's first position is decided (Fast-dLLM v2, `generate(use_block_cache=True)`).
     """
-    block = traits.block_size
-    undecided = ~view.decided
-    offsets = torch.arange(block, device=view.start.device, dtype=torch.int32)
-
+    undecided = view.masked
     if traits.commit_seeds:
         seeding = undecided[:, 0] & (view.start > 0)
     else:
         seeding = torch.zeros_like(view.fresh)
 
     size = view.parameters["sub_block_size"]
-    size = torch.where(size > 0, size, traits.sub_block_size)
+    size = torch.where(size > 0, size, min(traits.sub_block_size, traits.block_size))
+    size = torch.minimum(size, view.block)
     low = undecided.int().argmax(dim=1).int() // size * size
-    inside = (offsets >= low[:, None]) & (offsets < (low + size)[:, None])
-    targets = torch.where(seeding[:, None], offsets == 0, undecided & inside)
+    inside = (view.offsets >= low[:, None]) & (view.offsets < (low + size)[:, None])
+    targets = torch.where(seeding[:, None], view.offsets == 0, undecided & inside)
 
     first_known = view.decided.gather(1, low.long()[:, None])[:, 0]
     alone = view.fresh & view.parameters["sub_block_cache"] & first_known & ~seeding
@@ -43,23 +51,48 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
     clean_end = view.start + first if traits.context == "token-causal" else view.start
     opening = torch.zeros_like(undecided)
     if traits.commit_opens:
-        opening = (offsets == first[:, None]) & undecided & (clean_end > 0)[:, None]
+        opening = (view.offsets == first[:, None]) & undecided & (clean_end > 0)[:, None]
     run_start = torch.where(alone, view.start + low, view.final_len)
-    run_end = torch.where(alone, view.start + low + size, view.start + block)
+    run_end = torch.where(alone, view.start + low + size, view.start + view.block)
     run_end = torch.where(seeding, view.start, run_end)
     return Span(run_start, run_end, clean_end, targets, seeding, opening)
 
 
-def plan_frontier(view: RowView, traits: FamilyTraits) -> Span:
-    """Token-causal families: the last token is fed again with drafts behind it; row p - 1 predicts position p."""
-    window = view.tokens.shape[1]
-    offsets = torch.arange(window, device=view.start.device, dtype=torch.int32)
-    length = torch.minimum(view.parameters["draft_length"], view.limit - view.start)
+def plan_canvas(view: RowView, traits: FamilyTraits) -> Span:
+    """Full attention: the whole canvas, or what the cache of the block leaves to run (Fast-dLLM v1, section 3).
+
+    The first forward of a block runs everything, so that K/V of the rest is as fresh as a block can have it. The others
+    run everything again (`cache` none), what stands from the block on (prefix) or the block alone (dual). Shifted
+    families take a block's first token from that first forward: later ones do not run the row that predicts it.
+    """
+    cached = ~view.chosen("cache", "none")
+    refresh = ~(cached & view.fresh)
+    undecided = view.masked
+    seeding = torch.zeros_like(view.fresh)
+    if traits.logit_source == "previous":
+        seeding = refresh & cached & undecided[:, 0]
+    end = torch.where(view.chosen("cache", "dual"), torch.minimum(view.start + view.block, view.limit), view.canvas)
+    return Span(
+        run_start=torch.where(refresh, 0, view.start),
+        run_end=torch.where(refresh, view.canvas, end),
+        clean_end=torch.zeros_like(view.start),
+        targets=torch.where(seeding[:, None], view.offsets == 0, undecided),
+        seeding=seeding,
+        opening=torch.zeros_like(undecided),
+    )
+
+
+def plan_frontier(view: RowView, length: Tensor) -> Span:
+    """Token-causal families: the last token is fed again with drafts behind it; row p - 1 predicts position p.
+
+    length: [rows] int32, rows to feed, the last token's included.
+    """
+    length = torch.minimum(length, view.limit - view.start)
     return Span(
         run_start=view.final_len,
         run_end=view.start + length - 1,
         clean_end=view.start,
-        targets=offsets < length[:, None],
+        targets=view.offsets < length[:, None],
         seeding=torch.zeros_like(view.fresh),
         opening=torch.zeros_like(view.decided),
     )

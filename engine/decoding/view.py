@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from .columns import Parameters
 
 
 @dataclass
 class RowView:
     """The rows of one strategy; window tensors cover positions start .. start + W - 1.
 
-    slots: [rows] int64. start, final_len, prompt_len, limit, step: [rows] int32 (see RowState).
+    slots: [rows] int64. start, final_len, prompt_len, limit, step: [rows] int32 (see RowState). block: [rows] int32,
+    positions of a row's block; canvas: [rows] int32, where a full-attention row's sequence ends, 0 elsewhere.
     tokens: [rows, W] int32; decided: [rows, W] bool. fresh: [rows] bool. drafts: [rows] int32, how many of the window's
     tokens are drafts; draft_confidence: [rows, MAX_DRAFT] float32; row_cost: [rows] float32. parameters: name ->
-    [rows].
+    [rows]. memory: name -> [slots of the engine, ...], see `recall` and `remember`.
     """
 
     slots: Tensor
@@ -23,13 +29,62 @@ class RowView:
     prompt_len: Tensor
     limit: Tensor
     step: Tensor
+    block: Tensor
+    canvas: Tensor
     tokens: Tensor
     decided: Tensor
     fresh: Tensor
     drafts: Tensor
     draft_confidence: Tensor
     row_cost: Tensor
-    parameters: dict[str, Tensor]
+    parameters: Parameters
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[1]
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[W] int32"""
+        return torch.arange(self.width, device=self.start.device, dtype=torch.int32)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[rows, W] int32, the positions of the window."""
+        return self.start[:, None] + self.offsets
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """[rows, W] bool, positions of the row's own block: windows of a batch are as wide as its widest, and the last
+        block of a full-attention canvas ends with it."""
+        within = self.offsets < self.block[:, None]
+        return within & ((self.canvas == 0)[:, None] | (self.places < self.limit[:, None]))
+
+    @cached_property
+    def masked(self) -> Tensor:
+        """[rows, W] bool, undecided positions of the block."""
+        return self.inside & ~self.decided
+
+    def chosen(self, name: str, value: str) -> Tensor:
+        """[rows] bool, whether a parameter with a choice of texts has this value."""
+        return self.parameters[name] == self.parameters.columns.of[name].codes[value]
+
+    def recall(self, name: str) -> Tensor:
+        """[rows, ...]: what was remembered; of a window's length, the first W of it."""
+        kept = self.memory[name][self.slots]
+        return kept[:, : self.width] if kept.dim() > 1 else kept
+
+    def remember(self, name: str, value: Tensor) -> None:
+        """Keep `value` ([rows, ...]) for the rows' next step. Rows that ran a chunk keep what they had."""
+        kept = self.memory[name]
+        if value.dim() > 1 and value.shape[1] < kept.shape[1]:
+            value = pad(value, (0, 0) * (value.dim() - 2) + (0, kept.shape[1] - value.shape[1]))
+        whole = self.whole.view(-1, *[1] * (value.dim() - 1))
+        kept[self.slots] = torch.where(whole, value.to(kept.dtype), kept[self.slots])
+
+    # Whether the row ran all of its span: [rows] bool, set by the runner before `decide`.
+    whole: Tensor = field(init=False)
 
 
 @dataclass
@@ -40,8 +95,10 @@ class Span:
     final after the forward. targets: [rows, W] bool, window positions whose statistics are needed. seeding: [rows]
     bool, the only target is the block's first position, which the clean forward before it predicts. opening: [rows,
     W] bool, targets that a clean row predicts.
-    segments: [rows, S] int32 or None: draft segments behind the span, in order; each holds the number of drafts that
-    its masks see, -1 where there is none.
+    order: [rows, W] int64 or None: the window positions in the order in which they are fed, each seeing only those
+    before it; None where they stand in their natural order.
+    segments: [rows, S] int32 or None: draft segments behind the span, in order; each holds the number of window
+    positions that it sees, -1 where there is none. segment_tokens: [rows, S, L] ids of their rows; None: all masks.
     """
 
     run_start: Tensor
@@ -50,30 +107,43 @@ class Span:
     targets: Tensor
     seeding: Tensor
     opening: Tensor
+    order: Tensor | None = None
     segments: Tensor | None = None
+    segment_tokens: Tensor | None = None
 
 
 @dataclass
 class WindowStatistics:
     """Statistics on the window grid. candidates: [rows, W] bool, where the others mean anything.
 
-    token: [rows, W] int64, proposed id. confidence: [rows, W] float32, -inf elsewhere.
+    token: [rows, W] int64, proposed id. confidence: [rows, W] float32, -inf elsewhere. entropy (nats), margin (of the
+    two best logits): [rows, W] float32, where a strategy of the batch needs them.
+    segments: of the rows of the draft segments, [rows, S * L]; where a strategy with segment tokens ran some.
     """
 
     candidates: Tensor
     token: Tensor
     confidence: Tensor
+    entropy: Tensor | None = None
+    margin: Tensor | None = None
+    segments: WindowStatistics | None = None
 
 
 @dataclass
 class Decision:
     """commit: [rows, W] bool, positions decided now; tokens: [rows, W] their ids.
 
+    overwrite: [rows, W] bool, decided positions behind the prompt that take `tokens` instead. open: [rows] bool, the
+    block is not finished whatever is decided, and nothing of it is final. settled: [rows] bool, the forward saw the
+    block as it is now, so that its K/V is final.
     drafts: [rows, W] ids to stand at undecided positions, counted from the new `start`; None keeps what is there.
     accepted: [rows] int64, how many of the drafts that masks made were right; None where masks make none.
     """
 
     commit: Tensor
     tokens: Tensor
+    overwrite: Tensor | None = None
+    open: Tensor | None = None
+    settled: Tensor | None = None
     drafts: Tensor | None = None
     accepted: Tensor | None = None

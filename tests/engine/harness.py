@@ -6,6 +6,7 @@ from fake_device import FakeDevice, Geometry
 
 from linocut.engine.cache.pages import PagePool
 from linocut.engine.cache.prefix import PrefixCache
+from linocut.engine.geometry import Geometry as Layout
 from linocut.engine.messages import AddRequest
 from linocut.engine.params import DecodingParams, ParameterValue, SamplingParams
 from linocut.engine.plan import StepPlan
@@ -68,7 +69,8 @@ class Harness:
         for choice in range(n):
             leader = choices[0] if choices else None
             order = len(self.sequences)
-            sequence = Sequence(request, choice, order, geometry.block, geometry.shifted, feed, leader)
+            laid_out = Layout(geometry.block, seeds=geometry.shifted and not feed, feed=feed, refeeds=bool(feed))
+            sequence = Sequence(request, choice, order, laid_out, leader)
             choices.append(sequence)
             self.sequences.append(sequence)
             self.streamed[sequence] = []

@@ -10,15 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linocut.engine.decoding.parameters import PARAMETERS, resolve, strategies_for
+from linocut.engine.decoding.description import StrategyInfo
+from linocut.engine.decoding.parameters import resolve, valid_names
+from linocut.engine.decoding.registry import offered, strategy_classes
 from linocut.engine.errors import ParameterError
+from linocut.engine.family import Context, FamilyTraits
 
 
-@dataclass
+@dataclass(frozen=True)
 class Model:
-    context: str = "block-causal"
+    context: Context = "block-causal"
     block_size: int = 32
     mask_id: int | None = 7
+
+    @property
+    def strategy_table(self) -> tuple[StrategyInfo, ...]:
+        size = self.block_size
+        return offered(FamilyTraits("some", self.context, "own", size, size, self.mask_id, ())).strategy_table
 
 
 BLOCKS, CAUSAL, CONVERTED = Model(), Model("token-causal", 1, None), Model("token-causal", 4)
@@ -40,10 +48,10 @@ def test_nothing_asked_for_is_the_familys_default(requested: dict[str, Any] | No
 
 
 def test_strategies_are_those_of_the_attention() -> None:
-    assert strategies_for(BLOCKS) == ("threshold", "static")
-    assert strategies_for(CAUSAL) == ("autoregressive", "jacobi")
-    assert strategies_for(CONVERTED) == ("verify", "threshold", "static", "autoregressive", "jacobi")
-    assert {*strategies_for(BLOCKS), *strategies_for(CONVERTED)} == set(PARAMETERS)
+    assert [valid_names(model)[0] for model in (BLOCKS, CAUSAL, CONVERTED)] == ["threshold", "autoregressive", "verify"]
+    assert {"threshold", "static"} <= {*valid_names(BLOCKS)}
+    assert set(valid_names(CAUSAL)) == {"autoregressive", "jacobi"}
+    assert {"verify", "threshold", "static", "autoregressive", "jacobi"} <= {*valid_names(CONVERTED)}
     assert refused(BLOCKS, {"strategy": "jacobi"}) == "diffusion.strategy"
     assert refused(CAUSAL, {"strategy": "threshold"}) == "diffusion.strategy"
 
@@ -148,7 +156,7 @@ def test_the_operators_defaults_belong_to_the_operators_strategy() -> None:
 
 def test_a_resolved_request_resolves_to_itself() -> None:
     for model in (BLOCKS, CAUSAL):
-        for name in strategies_for(model):
+        for name in valid_names(model):
             once = resolve(model, {"strategy": name})
             assert resolve(model, {"strategy": name, **once.values}) == once
 
@@ -164,7 +172,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = sorted({field for cls in PARAMETERS.values() for field in cls.__struct_fields__})
+FIELDS = sorted({field for cls in strategy_classes().values() for field in cls.Params.__struct_fields__})
 
 
 @given(
@@ -179,6 +187,6 @@ def test_any_object_is_resolved_or_refused(model: Model, requested: dict[str, An
     if params is None:
         assert name.startswith("diffusion.")
         return
-    assert params.strategy in strategies_for(model)
+    assert params.strategy in valid_names(model)
     json.dumps(params.values, allow_nan=False)
-    assert set(params.values) <= set(PARAMETERS[params.strategy].__struct_fields__)
+    assert set(params.values) <= set(strategy_classes()[params.strategy].Params.__struct_fields__)

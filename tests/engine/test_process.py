@@ -21,6 +21,8 @@ from tiny_engines import GOLDEN, engine, prompt_of, request, run
 
 from linocut.engine.config import EngineConfig
 from linocut.engine.decoding.parameters import resolve
+from linocut.engine.decoding.registry import offered
+from linocut.engine.family import FamilyTraits
 from linocut.engine.messages import (
     Abort,
     AddRequest,
@@ -130,9 +132,7 @@ def add(name: str, prompt: list[int], max_tokens: int = 20, **fields: Any) -> Ad
 
 
 class SDAR:
-    context = "block-causal"
-    block_size = 4
-    mask_id = 311
+    strategy_table = offered(FamilyTraits("sdar", "block-causal", "own", 4, 4, 311, ())).strategy_table
 
 
 def test_it_says_what_it_has_loaded(shared: Client) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 import zmq
 
+from linocut.engine.decoding.registry import offered
+from linocut.engine.family import FamilyTraits
 from linocut.engine.messages import (
     Abort,
     AddRequest,
@@ -28,6 +30,7 @@ from linocut.engine.messages import (
 )
 
 MASK, IM_START, IM_END = 2, 0, 1
+TRAITS = FamilyTraits("fake", "block-causal", "own", 8, 8, MASK, (IM_END,))
 
 
 def model_info(**changes: Any) -> ModelInfo:
@@ -40,7 +43,7 @@ def model_info(**changes: Any) -> ModelInfo:
         mask_id=MASK,
         stop_ids=(IM_END,),
         banned_ids=(MASK,),
-        strategies=("threshold", "static"),
+        strategy_table=offered(TRAITS).strategy_table,
         default_strategy="threshold",
         default_parameters={},
         default_sampling={},

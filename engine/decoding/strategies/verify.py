@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from ..family import FamilyTraits
-from .parameters import MAX_DRAFT
-from .view import Decision, RowView, Span, WindowStatistics
+from ...family import FamilyTraits
+from ..strategy import FrontierStrategy, Values
+from ..view import Decision, RowView, Span, WindowStatistics
 
+MAX_DRAFT = 12
 # Tokens that a following forward gains, on average, by having drafts.
 _GAIN = 0.8
 
 
-class Verify:
+class VerifyParams(msgspec.Struct, frozen=True):
+    """Drafts from masks, verified by the clean rows of the next forward: the autoregressive text in fewer forwards."""
+
+    draft_length: Annotated[int, Meta(ge=1, le=MAX_DRAFT, description="masks of a draft; default: the block size")] = 4
+    row_cost: (
+        Annotated[
+            float,
+            Meta(
+                ge=0.0,
+                le=1.0,
+                description="what a row must promise, in tokens, to be run; 0 runs all; default: by device and load",
+            ),
+        ]
+        | None
+    ) = None
+
+
+class Verify(FrontierStrategy):
     """Accept the drafts that the model's own choices confirm, and the choice behind them (token-causal context).
 
     A forward runs the last token and its drafts causally, as an autoregressive model would: row by row they say what
@@ -29,6 +51,28 @@ class Verify:
     """
 
     name = "verify"
+    source = "I-DLM, arXiv 2604.11035, with a segment behind every draft"
+    Params = VerifyParams
+
+    def refusal(self, traits: FamilyTraits) -> str:
+        if traits.mask_id is None:
+            return "an autoregressive model has no masks that draft"
+        if traits.in_block == "causal":
+            return "its masks see what stands before them only, and none of them drafts for another"
+        return super().refusal(traits)
+
+    def bounds(self, traits: FamilyTraits) -> dict[str, dict[str, Any] | None]:
+        return {"draft_length": {"default": min(max(traits.block_size, 1), MAX_DRAFT)}}
+
+    def window(self, values: Values, traits: FamilyTraits) -> int:
+        return int(values["draft_length"]) + 1
+
+    def first_feed(self, values: Values, traits: FamilyTraits) -> int:
+        return 1
+
+    def segment(self, values: Values, traits: FamilyTraits) -> int:
+        # Unshifted, the first mask would propose the token that a clean row says anyway.
+        return int(values["draft_length"]) + (1 if traits.logit_source == "own" else 0)
 
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
         window = view.tokens.shape[1]

@@ -1,0 +1,40 @@
+"""Confidence threshold: Fast-dLLM v2's `generate`, SDAR's `low_confidence_dynamic`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from msgspec import Meta
+
+from ...family import FamilyTraits
+from ..ranking import ranks, scheduled
+from ..strategy import GridParams, GridStrategy
+from ..view import Decision, RowView, WindowStatistics
+
+
+class ThresholdParams(GridParams, frozen=True):
+    """Every position whose confidence exceeds a threshold, at least what the schedule asks for."""
+
+    threshold: Annotated[float, Meta(ge=0.0, le=1.0, description="commit if confidence > threshold")] = 0.9
+    denoising_steps: (
+        Annotated[int, Meta(ge=1, le=256, description="schedule that sets the floor; default: one position a forward")]
+        | None
+    ) = None
+
+
+class Threshold(GridStrategy):
+    """Commit every candidate with confidence > threshold (strictly), if that is at least the scheduled number; else
+    exactly the scheduled number of best ones. With the default schedule that is: at least the best one.
+    """
+
+    name = "threshold"
+    source = "Fast-dLLM, arXiv 2505.22618; Fast-dLLM v2, arXiv 2509.26328; SDAR low_confidence_dynamic"
+    Params = ThresholdParams
+
+    def choose(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
+        floor = scheduled(view.step, view.parameters["denoising_steps"], view.block)
+        above = statistics.candidates & (statistics.confidence > view.parameters["threshold"][:, None])
+        best = statistics.candidates & (ranks(statistics.confidence) < floor[:, None])
+        enough = above.sum(dim=1) >= floor
+        return Decision(torch.where(enough[:, None], above, best), statistics.token)
