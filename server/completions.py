@@ -30,7 +30,8 @@ async def create_completion(request: Request) -> Response:
     limit = service.settings.max_prompts
     prompts = await service.prompts.completion(body.prompt, body.add_special_tokens is not False, limit)
     check_choices(body, len(prompts), service)
-    job = make_job(new_id("cmpl"), body, prompts, service, "prompt")
+    suffix = await service.prompts.suffix(body.suffix or "", service.model.context)
+    job = make_job(new_id("cmpl"), body, prompts, service, "prompt", suffix)
     echoes = [_echo(prompt, body, service) for prompt in prompts] if body.echo else [""] * len(prompts)
     generation = service.generate(job)
     # Without a tokenizer token ids are all there is to answer with.

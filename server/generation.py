@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from linocut.engine.messages import AddRequest, ChoiceOutput
@@ -20,7 +20,10 @@ from .submission import Submission
 
 @dataclass(frozen=True)
 class Job:
-    """What one call asks of the engine: the prompts, each with its sampling, and n choices of each."""
+    """What one call asks of the engine: the prompts, each with its sampling, and n choices of each.
+
+    suffix: ids that follow every choice's text.
+    """
 
     id: str
     prompts: list[Prompt]
@@ -28,6 +31,7 @@ class Job:
     decoding: DecodingParams
     n: int
     rules: AnswerRules
+    suffix: list[int] = field(default_factory=list)
     skip_special_tokens: bool = True
     salt: str = ""
 
@@ -57,6 +61,7 @@ class Generation:
                 sampling=job.sampling[number],
                 decoding=job.decoding,
                 n=job.n,
+                suffix=job.suffix,
                 salt=job.salt,
             )
             for number, prompt in enumerate(job.prompts)

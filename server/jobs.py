@@ -27,16 +27,23 @@ def check_choices(body: ChatRequest | CompletionRequest, prompts: int, service: 
 
 
 def make_job(
-    identity: str, body: ChatRequest | CompletionRequest, prompts: list[Prompt], service: Service, prompt_param: str
+    identity: str,
+    body: ChatRequest | CompletionRequest,
+    prompts: list[Prompt],
+    service: Service,
+    prompt_param: str,
+    suffix: list[int] | None = None,
 ) -> Job:
-    """Resolve every parameter against the model. Raises 400."""
+    """Resolve every parameter against the model. suffix: ids that follow every answer. Raises 400."""
+    suffix = suffix or []
     stops = body.stops()
     if stops:
         service.prompts.require_tokenizer("stop")
-    sampling = [resolve_sampling(body, service.model, len(prompt.ids), prompt_param) for prompt in prompts]
+    sampling = [resolve_sampling(body, service.model, len(prompt.ids) + len(suffix), prompt_param) for prompt in prompts]
     return Job(
         id=identity,
         prompts=prompts,
+        suffix=suffix,
         sampling=sampling,
         decoding=resolve_decoding(body, service.model),
         n=body.n or 1,

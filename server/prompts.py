@@ -71,6 +71,18 @@ class PromptBuilder:
 
         return await self._offload(sum(len(item) for item in items if isinstance(item, str)), encode)
 
+    async def suffix(self, suffix: str | list[int], context: str) -> list[int]:
+        """The ids that follow the generated text. Raises 400, also where the model could not see them."""
+        if not suffix:
+            return []
+        if context != "full":
+            why = f"this model does not see what follows its text ({context} attention); suffix needs full attention"
+            raise BadRequest(why, param="suffix", code="unsupported_parameter")
+        if isinstance(suffix, list):
+            return self._ids(suffix, "suffix").ids
+        tokenizer = self.require_tokenizer("suffix")
+        return await self._offload(len(suffix), lambda: tokenizer.encode(suffix, False))
+
     def _one(self, item: Any, add_special_tokens: bool, param: str) -> Prompt:
         if isinstance(item, list):
             return self._ids(item, param)

@@ -91,12 +91,16 @@ class ChatRequest(GenerateRequest, frozen=True, kw_only=True):
 
 
 class CompletionRequest(GenerateRequest, frozen=True, kw_only=True):
-    """prompt: a text, token ids, or a list of either. max_tokens: OpenAI's 16 unless given; null fills the context."""
+    """prompt: a text, token ids, or a list of either. max_tokens: OpenAI's 16 unless given; null fills the context.
+
+    suffix: what follows the generated text, as a text or token ids, for models that see it.
+    """
 
     # msgspec takes one array type per union: the nesting is sorted out in prompts.py
     prompt: str | list[str | TokenId | list[TokenId]]
     max_tokens: Count | UnsetType | None = UNSET
     max_completion_tokens: Count | None = None
+    suffix: str | list[TokenId] | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
 

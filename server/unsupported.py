@@ -85,7 +85,6 @@ CHAT: Mapping[str, Neutral] = {
 COMPLETIONS: Mapping[str, Neutral] = {
     **COMMON,
     "logprobs": _off,
-    "suffix": _empty,
     "prompt_embeds": _never,
 }
 
