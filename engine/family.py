@@ -15,6 +15,7 @@ from .errors import ModelError
 MAX_WINDOW = 64
 
 Context = Literal["block-causal", "token-causal", "full"]
+LogitSource = Literal["own", "previous"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class FamilyTraits:
 
     name: str
     context: Context
-    logit_source: Literal["own", "previous"]
+    logit_source: LogitSource
     block_size: int
     sub_block_size: int
     mask_id: int | None
@@ -71,8 +72,15 @@ FAMILY_OF_MODEL_TYPE = {
     "llama": "ar",
     "qwen2": "ar",
     "qwen3": "ar",
+    "qwen3_moe": "ar",
     "fast_dllm_qwen": "fast_dllm_v2",
     "sdar": "sdar",
+    "sdar_moe": "sdar",
+    "llada2_moe": "llada2",
+    "llada": "llada",
+    "lladamoe": "llada",
+    "dream": "dream",
+    "wedlm": "wedlm",
 }
 
 # model_type -> backbone (weight names and layer details).
@@ -80,12 +88,31 @@ BACKBONE_OF_MODEL_TYPE = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3",
     "fast_dllm_qwen": "qwen2",
     "sdar": "qwen3",
+    "sdar_moe": "qwen3",
+    "llada2_moe": "llada2",
+    "llada": "llada",
+    "lladamoe": "olmoe",
+    "dream": "qwen2",
+    "wedlm": "wedlm",
 }
 
-# Published mask ids, where a config.json does not name one (it normally should).
-PUBLISHED_MASK_ID = {"fast_dllm_v2": 151665, "sdar": 151669}
+# Published mask ids, where a config.json does not name one (it normally should), by model_type.
+PUBLISHED_MASK_ID = {
+    "fast_dllm_qwen": 151665,
+    "sdar": 151669,
+    "sdar_moe": 151669,
+    "llada2_moe": 156895,
+    "llada": 126336,
+    "lladamoe": 156895,
+    "dream": 151666,
+    "wedlm": 151665,
+}
+
+# Blocks of the models whose attention knows none: how much of a canvas is decoded at a time, unless a request says so.
+CANVAS_BLOCK = 32
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -117,6 +144,11 @@ def family_from_config(
     stops, banned = tuple(stop_ids), _ids(own.get("banned_ids"))
     if name == "ar" and "context" in own:
         return _converted(own, int(config["vocab_size"]), stops, banned, block_size, mask_id)
+    if name == "ar" and any("DiffCoder" in text for text in _architectures(config)):
+        # Stable-DiffCoder keeps Llama's model_type.
+        mask = _checked_mask(_first_given(mask_id, config.get("mask_token_id")), int(config["vocab_size"]))
+        size = block_size or int(config.get("block_size") or 4)
+        return FamilyTraits("stable_diffcoder", "block-causal", "own", size, size, mask, stops, banned)
     if name == "ar":
         if block_size not in (None, 1):
             raise ModelError(
@@ -124,13 +156,34 @@ def family_from_config(
             )
         return FamilyTraits(name, "token-causal", "previous", 1, 1, None, stops, banned)
 
-    named = (mask_id, config.get("mask_token_id"), config.get("mask_id"), PUBLISHED_MASK_ID[name])
-    mask = _checked_mask(next(int(value) for value in named if value is not None), int(config["vocab_size"]))
+    named = (mask_id, config.get("mask_token_id"), config.get("mask_id"), PUBLISHED_MASK_ID[model_type])
+    mask = _checked_mask(_first_given(*named), int(config["vocab_size"]))
     if name == "fast_dllm_v2":
         size = block_size or int(config.get("bd_size", 32))
         return FamilyTraits(name, "block-causal", "previous", size, math.gcd(8, size), mask, stops, banned)
-    size = block_size or int(config.get("block_size", 4))
-    return FamilyTraits(name, "block-causal", "own", size, size, mask, stops, banned, fused_norm=True)
+    if name in ("llada", "dream"):
+        size = block_size or CANVAS_BLOCK
+        source: LogitSource = "previous" if name == "dream" else "own"
+        return FamilyTraits(name, "full", source, size, size, mask, stops, banned, grid="prompt")
+    if name == "wedlm":
+        if block_size is not None:
+            raise ModelError("block_size does not apply to wedlm: its window is a parameter of requests")
+        return FamilyTraits(name, "token-causal", "own", 1, 1, mask, stops, banned, in_block="causal")
+    size = block_size or int(config.get("block_size") or (32 if name == "llada2" else 4))
+    fused_norm = name == "sdar"
+    return FamilyTraits(name, "block-causal", "own", size, size, mask, stops, banned, fused_norm=fused_norm)
+
+
+def _architectures(config: dict[str, Any]) -> list[str]:
+    found = [*(config.get("architectures") or ()), *(config.get("auto_map") or {}).values()]
+    return [str(text) for text in found]
+
+
+def _first_given(*values: Any) -> int:
+    given = [int(value) for value in values if value is not None]
+    if not given:
+        raise ModelError("config.json names no mask_token_id: give it by --mask-id")
+    return given[0]
 
 
 def _converted(

@@ -39,7 +39,9 @@ def make_job(
     stops = body.stops()
     if stops:
         service.prompts.require_tokenizer("stop")
-    sampling = [resolve_sampling(body, service.model, len(prompt.ids) + len(suffix), prompt_param) for prompt in prompts]
+    sampling = [
+        resolve_sampling(body, service.model, len(prompt.ids) + len(suffix), prompt_param) for prompt in prompts
+    ]
     return Job(
         id=identity,
         prompts=prompts,

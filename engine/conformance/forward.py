@@ -26,8 +26,13 @@ class Probe:
         self._taken = taken
         self._ids = torch.Generator().manual_seed(7)
 
-    def run(self, ids: list[int], start: int, length: int, block_size: int) -> Tensor:
-        """Logits [len(ids), vocab] of `ids` at positions start ..; the sequence is `length` positions long by then."""
+    def run(
+        self, ids: list[int], start: int, length: int, block_size: int, positions: list[int] | None = None
+    ) -> Tensor:
+        """Logits [len(ids), vocab] of `ids` in slots start ..; the sequence is `length` positions long by then.
+
+        positions: their RoPE positions, where these are not their slots.
+        """
         runner, page = self._core.runner, self._core.info.page_size
         rows = [(ids, start, length)]
         if len(self._tables) > 1:
@@ -35,10 +40,11 @@ class Probe:
             rows.insert(0, (other, 0, len(other)))
         tables = self._tables[::-1]
         flat, places, slots, visible, widths = [], [], [], [], []
+        own = positions or list(range(start, start + len(ids)))
         for (row_ids, first, end), table in zip(rows, tables, strict=True):
             for place, token in enumerate(row_ids, start=first):
                 flat.append(token)
-                places.append(place)
+                places.append(own[place - first] if row_ids is ids else place)
                 slots.append(table[place // page] * page + place % page)
                 visible.append(self._visible(place, end, block_size))
             widths.append(len(row_ids))
@@ -65,6 +71,8 @@ class Probe:
     def _visible(self, place: int, end: int, block_size: int) -> int:
         if self._core.traits.context == "token-causal":
             return place + 1
+        if self._core.traits.context == "full":
+            return end
         return min((place // block_size + 1) * block_size, end)
 
     def close(self) -> None:
@@ -74,7 +82,7 @@ class Probe:
 def run_forward_cases(fixture: Fixture) -> list[Result]:
     results = []
     for case in fixture.cases("forward_cases"):
-        core = fixture.engine(case.get("block_size") if fixture.family == "sdar" else None, (), "reference")
+        core = fixture.engine(case.get("block_size") if fixture.family.startswith("sdar") else None, (), "reference")
         block = case.get("block_size", core.traits.block_size)
         problems = []
         for stranger in (False, True):
@@ -92,9 +100,11 @@ def run_forward_cases(fixture: Fixture) -> list[Result]:
 
 
 def _logits(core: EngineCore, case: dict[str, Any], block: int, stranger: bool) -> Tensor:
+    if core.traits.context == "full":
+        return _canvas_logits(core, case, stranger)
     kind = case["kind"]
     prefix = list(case.get("input_ids", case.get("prefix_ids", [])))
-    ids = list(case.get("block_ids", []))
+    ids = list(case.get("block_ids", case.get("fed_ids", [])))
     probe = Probe(core, -(-(len(prefix) + len(ids) + 8) // core.info.page_size) + 2, stranger)
     try:
         if kind == "prefill":
@@ -102,11 +112,29 @@ def _logits(core: EngineCore, case: dict[str, Any], block: int, stranger: bool) 
         if prefix:
             probe.run(prefix, 0, len(prefix), block)
         length = len(prefix) + len(ids)
-        logits = probe.run(ids, len(prefix), length, block)
+        logits = probe.run(ids, len(prefix), length, block, case.get("fed_pos"))
         if kind == "sub_block_with_block_kv":
             logits = probe.run(list(case["sub_ids"]), len(prefix) + case["sub_start"], length, block)
-        elif kind != "noisy_block":
+        elif kind not in ("noisy_block", "window"):
             raise ValueError(f"unknown kind of forward case: {kind}")
         return logits
+    finally:
+        probe.close()
+
+
+def _canvas_logits(core: EngineCore, case: dict[str, Any], stranger: bool) -> Tensor:
+    """Full attention: all positions at once, or some of them on K/V that an earlier forward left of the others."""
+    kind, first = case["kind"], list(case.get("first_ids", case.get("input_ids", [])))
+    length = len(first)
+    probe = Probe(core, -(-(length + 8) // core.info.page_size) + 2, stranger)
+    try:
+        logits = probe.run(first, 0, length, length)
+        if kind in ("full", "canvas"):
+            return logits
+        start, end = case["block"]
+        if kind not in ("prefix_cache", "dual_cache"):
+            raise ValueError(f"unknown kind of forward case: {kind}")
+        end = length if kind == "prefix_cache" else end
+        return probe.run(list(case["then_ids"][start:end]), start, length, length)
     finally:
         probe.close()

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from .decode import run_fast_dllm_v2, run_sdar
 from .fixture import Fixture, Result
 from .forward import run_forward_cases
 from .jacobi import run_jacobi
+from .wedlm import run_wedlm
 
-DECODERS = {"fast_dllm_v2": run_fast_dllm_v2, "sdar": run_sdar, "jacobi_qwen2": run_jacobi}
+# What replays the decoding cases of a family.
+DECODERS: dict[str, Callable[[Fixture], list[Result]]] = {
+    "fast_dllm_v2": run_fast_dllm_v2,
+    "sdar": run_sdar,
+    "sdar_moe": run_sdar,
+    "jacobi_qwen2": run_jacobi,
+    "wedlm": run_wedlm,
+    "wedlm_bias": run_wedlm,
+}
 
 
 def run_fixture(folder: Path, device: str = "cpu") -> list[Result] | None:
@@ -19,7 +29,7 @@ def run_fixture(folder: Path, device: str = "cpu") -> list[Result] | None:
     Raises ModelError for a broken folder.
     """
     fixture = Fixture(folder, device)
-    if not fixture.built:
+    if fixture.family not in DECODERS:
         return None
     return run_forward_cases(fixture) + DECODERS[fixture.family](fixture)
 

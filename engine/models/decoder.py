@@ -19,6 +19,8 @@ from .adapter import MASK_EMBEDDING, Adapter, Gate, Weights, read_adapter
 from .backbone import Backbone
 from .draft_head import read_draft_head
 from .linear import pack_linear
+from .moe import MoeMlp
+from .names import NamedWeights
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -31,8 +33,9 @@ class Layer:
     k_norm: Tensor | None
     output: Linear
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | None
+    down: Linear | None
+    moe: MoeMlp | None = None
     adapters: LayerAdapters | None = None
 
 
@@ -97,11 +100,14 @@ class Decoder:
         if b.heads % b.kv_heads:
             raise ModelError(f"{b.heads} attention heads cannot share {b.kv_heads} key-value heads evenly")
         try:
-            self.rope = rope_table(positions, b.head_dim, b.rope_theta, dtype, device, scaling=b.rope_scaling)
+            self.rope = rope_table(
+                positions, b.head_dim, b.rope_theta, dtype, device, rotary_dim=b.rotary_dim, scaling=b.rope_scaling
+            )
         except KeyError as error:
             raise ModelError(f"config.json's rope_scaling lacks {error.args[0]!r}") from None
         except ValueError as error:
             raise ModelError(str(error)) from None
+        weights = NamedWeights(weights, b)
         self.embedding = weights.get("model.embed_tokens.weight", (b.vocab, b.hidden))
         self.norm = weights.get("model.norm.weight", (b.hidden,))
         tied = b.tied_head or "lm_head.weight" not in weights
@@ -133,6 +139,7 @@ class Decoder:
             at = f"model.layers.{index}."
             qkv = [(f"{at}self_attn.{n}_proj", size) for n, size in (("q", q_size), ("k", kv_size), ("v", kv_size))]
             gate_up = [(f"{at}mlp.{n}_proj", b.intermediate) for n in ("gate", "up")]
+            sparse = b.experts if b.experts is not None and b.experts.at(index) else None
             self.layers.append(
                 Layer(
                     input_norm=weights.get(f"{at}input_layernorm.weight", (b.hidden,)),
@@ -141,8 +148,9 @@ class Decoder:
                     k_norm=weights.get(f"{at}self_attn.k_norm.weight", (b.head_dim,)) if b.qk_norm else None,
                     output=linear([(f"{at}self_attn.o_proj", b.hidden)], q_size, b.o_bias),
                     post_norm=weights.get(f"{at}post_attention_layernorm.weight", (b.hidden,)),
-                    gate_up=linear(gate_up, b.hidden, b.mlp_bias),
-                    down=linear([(f"{at}mlp.down_proj", b.hidden)], b.intermediate, b.mlp_bias),
+                    gate_up=None if sparse else linear(gate_up, b.hidden, b.mlp_bias),
+                    down=None if sparse else linear([(f"{at}mlp.down_proj", b.hidden)], b.intermediate, b.mlp_bias),
+                    moe=MoeMlp(weights, f"{at}mlp.", b.hidden, sparse, quantization, backend) if sparse else None,
                     adapters=adapters(at) if adapter_rank else None,
                 )
             )
@@ -184,9 +192,12 @@ class Decoder:
             attended = attended.reshape(attended.shape[0], -1)
             x = _adapted(layer.output(attended), attended, adapters and adapters.output, gate)
             x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
-            up = _adapted(layer.gate_up(x), x, adapters and adapters.gate_up, gate)
-            gated = silu_and_mul(up, backend=self.backend)
-            x = _adapted(layer.down(gated), gated, adapters and adapters.down, gate)
+            if layer.gate_up is not None and layer.down is not None:
+                up = _adapted(layer.gate_up(x), x, adapters and adapters.gate_up, gate)
+                gated = silu_and_mul(up, backend=self.backend)
+                x = _adapted(layer.down(gated), gated, adapters and adapters.down, gate)
+            elif layer.moe is not None:
+                x = layer.moe(x)
             if index + 1 < len(self.layers):
                 following = self.layers[index + 1].input_norm
                 x, residual = add_rms_norm(x, residual, following, b.norm_eps, self.fused_norm, backend=self.backend)

@@ -1,0 +1,84 @@
+"""How checkpoints name their tensors, told in the names that Llama's checkpoints use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .adapter import Weights
+    from .backbone import Backbone
+
+Layout = Literal["llama", "olmo", "llada2"]
+
+_OLMO_TOP = {
+    "model.embed_tokens.weight": "model.transformer.wte.weight",
+    "model.norm.weight": "model.transformer.ln_f.weight",
+    "lm_head.weight": "model.transformer.ff_out.weight",
+}
+_OLMO_LAYER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+}
+_LLADA2_LAYER = {
+    "self_attn.o_proj": "attention.dense",
+    "self_attn.q_norm": "attention.query_layernorm",
+    "self_attn.k_norm": "attention.key_layernorm",
+}
+
+
+class NamedWeights:
+    """Tensors of a checkpoint under Llama's names.
+
+    LLaDA names them as OLMo does. LLaDA2 keeps queries, keys and values in one tensor, in this order.
+    """
+
+    def __init__(self, weights: Weights, backbone: Backbone) -> None:
+        self._weights, self._backbone = weights, backbone
+
+    def __contains__(self, name: str) -> bool:
+        found, _ = self._find(name)
+        return found in self._weights
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor of `shape`. Raises ModelError if it is missing or of another shape."""
+        found, part = self._find(name)
+        if part is None:
+            return self._weights.get(found, shape)
+        b = self._backbone
+        sizes = [b.heads * b.head_dim, b.kv_heads * b.head_dim, b.kv_heads * b.head_dim]
+        whole = self._weights.get(found, (sum(sizes), *shape[1:]))
+        rows = whole[sum(sizes[:part]) : sum(sizes[: part + 1])]
+        if tuple(rows.shape) != shape:
+            raise ModelError(f"{found} holds {tuple(rows.shape)} for {name}, config.json implies {shape}")
+        return rows
+
+    def _find(self, name: str) -> tuple[str, int | None]:
+        """The checkpoint's name, and which part of that tensor is meant: 0 queries, 1 keys, 2 values, None all."""
+        layout = self._backbone.names
+        if layout == "llama":
+            return name, None
+        if layout == "olmo" and name in _OLMO_TOP:
+            return _OLMO_TOP[name], None
+        if layout == "llada2" and name == "model.embed_tokens.weight":
+            return "model.word_embeddings.weight", None
+        if not name.startswith("model.layers."):
+            return name, None
+        _, _, index, rest = name.split(".", 3)
+        module, _, kind = rest.rpartition(".")
+        if layout == "olmo":
+            return f"model.transformer.blocks.{index}.{_OLMO_LAYER.get(module, module)}.{kind}", None
+        part = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}.get(module)
+        if part is not None:
+            return f"model.layers.{index}.attention.query_key_value.{kind}", part
+        return f"model.layers.{index}.{_LLADA2_LAYER.get(module, module)}.{kind}", None
