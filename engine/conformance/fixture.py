@@ -36,6 +36,7 @@ class Fixture:
         except (OSError, ValueError) as error:
             raise ModelError(f"{folder} holds no readable golden.json: {error}") from None
         self.family = str(self.meta.get("family", folder.name))
+        self.checkpoint = folder / str(self.meta.get("checkpoint", "."))
         self._engines: dict[tuple[Any, ...], EngineCore] = {}
 
     @cached_property
@@ -58,7 +59,7 @@ class Fixture:
         key = (block_size, stop_ids, numerics)
         if key not in self._engines:
             config = EngineConfig(
-                model=str(self.folder),
+                model=str(self.checkpoint),
                 dtype="float32",
                 device=self.device,
                 numerics=numerics,
@@ -69,7 +70,7 @@ class Fixture:
                 max_running=8,
                 page_size=8,
                 # A canvas is run whole.
-                token_budget=None if self.family in ("llada", "dream") else 512,
+                token_budget=None if self.checkpoint.resolve().name in ("llada", "dream") else 512,
                 kv_memory=16 << 20,
                 check_invariants=True,
             )

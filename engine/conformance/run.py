@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from .canvas import run_canvas
 from .decode import run_fast_dllm_v2, run_sdar
 from .fixture import Fixture, Result
 from .forward import run_forward_cases
@@ -18,6 +19,9 @@ DECODERS: dict[str, Callable[[Fixture], list[Result]]] = {
     "sdar": run_sdar,
     "sdar_moe": run_sdar,
     "jacobi_qwen2": run_jacobi,
+    "llada": run_canvas,
+    "dream": run_canvas,
+    "sched": run_canvas,
     "wedlm": run_wedlm,
     "wedlm_bias": run_wedlm,
 }

@@ -47,9 +47,10 @@ def guard(view: RowView, statistics: WindowStatistics, decision: Decision) -> De
     """
     allowed = statistics.candidates & ~view.decided
     commit = decision.commit & allowed
-    score = torch.where(allowed, statistics.confidence, -torch.inf)
-    best = torch.zeros_like(commit).scatter_(1, score.argmax(dim=1, keepdim=True), True) & allowed
-    commit = torch.where(commit.any(dim=1, keepdim=True), commit, best)
+    if not decision.idle:
+        score = torch.where(allowed, statistics.confidence, -torch.inf)
+        best = torch.zeros_like(commit).scatter_(1, score.argmax(dim=1, keepdim=True), True) & allowed
+        commit = torch.where(commit.any(dim=1, keepdim=True), commit, best)
     overwrite = decision.overwrite
     if overwrite is not None:
         overwrite = overwrite & statistics.candidates & view.decided & (view.places >= view.prompt_len[:, None])
@@ -124,7 +125,7 @@ def advance(
             final_len = torch.where(moved & decision.settled, start, final_len)
         refined = whole & ~span.seeding
         state.step[view.slots] = torch.where(moved, 0, view.step + refined.int()).int()
-        ran_block = whole & (span.run_start <= view.start) & ~span.seeding
+        ran_block = whole & (span.run_start <= view.start) & (span.run_end > view.start)
         state.fresh[view.slots] = (view.fresh | ran_block) & ~moved
     state.start[view.slots] = start.int()
     state.final_len[view.slots] = final_len.int()

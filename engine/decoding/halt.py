@@ -24,20 +24,23 @@ def halt_memory(window: int) -> dict[str, Memory]:
 def apply_halt(view: RowView, statistics: WindowStatistics, decision: Decision) -> Decision:
     """Commit all asked masks of the rows that halt, on top of what their commit rule decided.
 
-    SchED (arXiv 2512.02892; decoding_strategies.md, section 3), each row by itself where the authors' code takes one
-    mean over the batch. A row halts when the mean margin of its masks reaches the bar and none of their proposals has
-    changed since the step before, for `halt_patience` further steps. The bar follows the steps of a schedule
-    (`denoising_steps`), or else the share of the block that is decided. Rows that sample commit what they drew.
+    SchED (arXiv 2512.02892, section 3), each row by itself where the authors' code takes one mean over the batch. A row
+    halts when the margin of its masks reaches the bar and at most `halt_change` of their proposals have changed since
+    the step before, for `halt_patience` further steps. The bar follows the steps of a schedule (`denoising_steps`), or
+    else the share of the block that is decided. Rows that sample commit what they drew.
     """
     assert statistics.margin is not None
     masks = statistics.candidates & ~view.decided
     count = masks.sum(dim=1)
     at_least_one = count.clamp(min=1)
     before = view.recall(TOKEN)
-    changed = (masks & (statistics.token != before)).any(dim=1) | (view.step == 0)
-    stable = torch.where(changed, 0, view.recall(STABLE) + 1)
-    margin = torch.where(masks, statistics.margin, 0.0).sum(dim=1) / at_least_one
-    certain = margin >= _bar(view, count)
+    changed = (masks & (statistics.token != before)).sum(dim=1) / at_least_one
+    # Of a canvas the reference takes all of the sequence for the region, the prompt included.
+    region = torch.where(view.canvas > 0, view.canvas, view.inside.sum(dim=1)).clamp(min=1)
+    ready = (1 - count / region >= _given(view, "halt_progress", 0.0)) & (view.step > 0)
+    stays = ready & (changed <= _given(view, "halt_change", 0.0))
+    stable = torch.where(stays, view.recall(STABLE) + 1, 0)
+    certain = ready & (_margin(view, masks, statistics.margin) >= _bar(view, count))
     asked = (view.parameters["halt"] >= 0) & ~view.chosen("halt", "never")
     halts = asked & certain & (stable > view.parameters["halt_patience"]) & (count > 0)
     view.remember(TOKEN, torch.where(masks, statistics.token, before))
@@ -49,11 +52,23 @@ def apply_halt(view: RowView, statistics: WindowStatistics, decision: Decision) 
     )
 
 
+def _margin(view: RowView, masks: Tensor, margin: Tensor) -> Tensor:
+    """[rows] float32: the mean margin of the masks, or the asked quantile (linear between neighbours)."""
+    count = masks.sum(dim=1).clamp(min=1)
+    mean = torch.where(masks, margin, 0.0).sum(dim=1) / count
+    quantile = view.parameters["halt_quantile"]
+    ascending = torch.sort(torch.where(masks, margin, torch.inf), dim=1).values
+    place = quantile.clamp(0.0, 1.0) * (count - 1)
+    low, high = place.floor().long(), place.ceil().long()
+    below, above = (ascending.gather(1, at[:, None])[:, 0] for at in (low, high))
+    return torch.where(quantile < 0, mean, below + (above - below) * (place - low))
+
+
 def _bar(view: RowView, masks: Tensor) -> Tensor:
     """[rows] float32: the margin that the masks must reach on average."""
     high, low, rate = (_given(view, f"halt_{name}", default) for name, default in _DEFAULTS.items())
     steps = view.parameters["denoising_steps"]
-    generated = (view.inside & (view.places >= view.prompt_len[:, None])).sum(dim=1).clamp(min=1)
+    generated = view.generated.sum(dim=1).clamp(min=1)
     by_steps = torch.where(steps > 1, view.step / (steps - 1).clamp(min=1), 1.0)
     time = torch.where(steps > 0, by_steps, 1 - masks / generated).clamp(0.0, 1.0)
     exponential = torch.exp(-rate * time)

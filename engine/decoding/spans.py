@@ -13,8 +13,7 @@ def plan_grid(view: RowView, traits: FamilyTraits, asks_all: bool = False) -> Sp
     """The active block; with `asks_all` its decided positions behind the prompt are asked about, too."""
     span = plan_canvas(view, traits) if traits.context == "full" else plan_block(view, traits)
     if asks_all:
-        generated = view.inside & (view.places >= view.prompt_len[:, None])
-        span.targets = torch.where(span.seeding[:, None], span.targets, generated)
+        span.targets = torch.where(span.seeding[:, None], span.targets, view.generated)
     return span
 
 

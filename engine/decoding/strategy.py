@@ -129,6 +129,19 @@ class GridParams(msgspec.Struct, frozen=True):
     halt_rate: (
         Annotated[float, Meta(ge=0.0, le=64.0, description="how fast the exponential curve falls; default: 4")] | None
     ) = None
+    halt_progress: (
+        Annotated[float, Meta(ge=0.0, le=1.0, description="share decided before which none halts; default: 0")] | None
+    ) = None
+    halt_change: (
+        Annotated[
+            float, Meta(ge=0.0, le=1.0, description="share of proposals that may change in a stable step; default: 0")
+        ]
+        | None
+    ) = None
+    halt_quantile: (
+        Annotated[float, Meta(ge=0.0, le=1.0, description="quantile of the margins to look at; default: their mean")]
+        | None
+    ) = None
     halt_patience: (
         Annotated[int, Meta(ge=0, le=256, description="stable steps beyond the first before a halt; default: 0")] | None
     ) = None

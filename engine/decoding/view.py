@@ -62,6 +62,11 @@ class RowView:
         return within & ((self.canvas == 0)[:, None] | (self.places < self.limit[:, None]))
 
     @cached_property
+    def generated(self) -> Tensor:
+        """[rows, W] bool, positions of the block behind the prompt."""
+        return self.inside & (self.places >= self.prompt_len[:, None])
+
+    @cached_property
     def masked(self) -> Tensor:
         """[rows, W] bool, undecided positions of the block."""
         return self.inside & ~self.decided
@@ -133,6 +138,7 @@ class WindowStatistics:
 class Decision:
     """commit: [rows, W] bool, positions decided now; tokens: [rows, W] their ids.
 
+    idle: a step of the authors' schedule may decide nothing; else a row decides one position at least.
     overwrite: [rows, W] bool, decided positions behind the prompt that take `tokens` instead. open: [rows] bool, the
     block is not finished whatever is decided, and nothing of it is final. settled: [rows] bool, the forward saw the
     block as it is now, so that its K/V is final.
@@ -142,6 +148,7 @@ class Decision:
 
     commit: Tensor
     tokens: Tensor
+    idle: bool = False
     overwrite: Tensor | None = None
     open: Tensor | None = None
     settled: Tensor | None = None

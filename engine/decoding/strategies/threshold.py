@@ -21,6 +21,13 @@ class ThresholdParams(GridParams, frozen=True):
         Annotated[int, Meta(ge=1, le=256, description="schedule that sets the floor; default: one position a forward")]
         | None
     ) = None
+    pace: (
+        Annotated[
+            int,
+            Meta(ge=1, le=256, description="at most this many a forward, unused ones kept for later; default: all"),
+        ]
+        | None
+    ) = None
 
 
 class Threshold(GridStrategy):
@@ -35,6 +42,11 @@ class Threshold(GridStrategy):
     def choose(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
         floor = scheduled(view.step, view.parameters["denoising_steps"], view.block)
         above = statistics.candidates & (statistics.confidence > view.parameters["threshold"][:, None])
-        best = statistics.candidates & (ranks(statistics.confidence) < floor[:, None])
+        rank = ranks(statistics.confidence)
+        pace = view.parameters["pace"]
+        decided = (view.generated & view.decided).sum(dim=1)
+        left = torch.where(pace > 0, (view.step + 1) * pace - decided, view.block)
+        above &= rank < left[:, None]
+        best = statistics.candidates & (rank < floor[:, None])
         enough = above.sum(dim=1) >= floor
         return Decision(torch.where(enough[:, None], above, best), statistics.token)
