@@ -147,6 +147,8 @@ class ModelRunner:
                 statistics = self.drafter.couple(
                     head, self.state, forward.hidden, logits, forward.flags, view, statistics, span.opening, index
                 )
+        if strategy.biased and forward.logits is not None:
+            statistics = self._biased(strategy, group, view, span, statistics, forward)
         if span.segment_tokens is not None and span.segments is not None:
             statistics.segments = self._segment_statistics(group, view, span.segments, forward)
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
@@ -188,6 +190,30 @@ class ModelRunner:
         rows = draft_rows(plan, view.slots, segments, view.start, first, accepted, lead)
         last = decision.tokens.gather(1, accepted[:, None])[:, 0]
         self.drafter.draft(self.state, forward.hidden, rows, forward.flags, view.slots, last, whole)
+
+    def _biased(
+        self,
+        strategy: Strategy,
+        group: Group,
+        view: RowView,
+        span: Span,
+        statistics: WindowStatistics,
+        forward: Forward,
+    ) -> WindowStatistics:
+        """Statistics of the group once more, from logits that the strategy has changed."""
+        assert forward.logits is not None
+        rows, window = group.last - group.first, group.window
+        index = window_index(forward.logits, len(forward.rows), window)[group.first : group.last].flatten()
+        asked = forward.logits.at(index)
+        places = torch.arange(rows * window, device=index.device)
+        # An entry for every position of the window; those that were not asked about say nothing.
+        asked.row, asked.offset = places // window, places % window
+        asked.slot, asked.valid = view.slots[asked.row], statistics.candidates.flatten()
+        bias = strategy.bias(view, statistics).flat()
+        found = self.sampler.propose(
+            self.state, forward.hidden, asked, span.seeding, self.decoder.logits, forward.flags, bias
+        )
+        return to_window(asked, found, rows, window)
 
     def _segment_statistics(
         self, group: Group, view: RowView, segments: Tensor, forward: Forward

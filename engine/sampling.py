@@ -13,7 +13,7 @@ from linocut.kernels.statistics import SamplingRows, VocabStatistics, reference_
 
 from .batch import LogitRows
 from .decoding.registry import columns
-from .decoding.view import WindowStatistics
+from .decoding.view import LogitBias, WindowStatistics
 from .state import RowState
 
 # Logits rows computed at a time: bounds the [rows, vocab] buffer (512 x 152k in bf16 is 156 MB).
@@ -52,16 +52,20 @@ class Sampler:
         seeding: Tensor | None,
         to_logits: Callable[[Tensor], Tensor],
         flags: SamplingFlags,
+        bias: LogitBias | None = None,
     ) -> VocabStatistics:
         """Token, confidence and what the flags ask for of every logits row, [M] each.
 
         hidden: [tokens, hidden size]. seeding: [rows] bool, or None. Noise is keyed by (seed, choice, position,
-        block step).
+        block step). bias: of all rows, [M, S].
         """
         parts = []
         for at in range(0, rows.source.shape[0], CHUNK):
             part = rows.at(slice(at, at + CHUNK))
-            parts.append(self.choose(state, to_logits(hidden[part.source]), part, seeding, flags))
+            logits = to_logits(hidden[part.source])
+            if bias is not None:
+                logits.scatter_add_(1, bias.ids[at : at + CHUNK], bias.values[at : at + CHUNK].to(logits.dtype))
+            parts.append(self.choose(state, logits, part, seeding, flags))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def choose(

@@ -11,6 +11,7 @@ from .decode import run_fast_dllm_v2, run_sdar
 from .fixture import Fixture, Result
 from .forward import run_forward_cases
 from .jacobi import run_jacobi
+from .rules import run_rules
 from .wedlm import run_wedlm
 
 # What replays the decoding cases of a family.
@@ -22,6 +23,7 @@ DECODERS: dict[str, Callable[[Fixture], list[Result]]] = {
     "llada": run_canvas,
     "dream": run_canvas,
     "sched": run_canvas,
+    "commit_rules": run_rules,
     "wedlm": run_wedlm,
     "wedlm_bias": run_wedlm,
 }

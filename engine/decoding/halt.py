@@ -40,7 +40,7 @@ def apply_halt(view: RowView, statistics: WindowStatistics, decision: Decision) 
     ready = (1 - count / region >= _given(view, "halt_progress", 0.0)) & (view.step > 0)
     stays = ready & (changed <= _given(view, "halt_change", 0.0))
     stable = torch.where(stays, view.recall(STABLE) + 1, 0)
-    certain = ready & (_margin(view, masks, statistics.margin) >= _bar(view, count))
+    certain = ready & (margin_of(view, masks, statistics.margin) >= bar(view, count))
     asked = (view.parameters["halt"] >= 0) & ~view.chosen("halt", "never")
     halts = asked & certain & (stable > view.parameters["halt_patience"]) & (count > 0)
     view.remember(TOKEN, torch.where(masks, statistics.token, before))
@@ -52,7 +52,7 @@ def apply_halt(view: RowView, statistics: WindowStatistics, decision: Decision) 
     )
 
 
-def _margin(view: RowView, masks: Tensor, margin: Tensor) -> Tensor:
+def margin_of(view: RowView, masks: Tensor, margin: Tensor) -> Tensor:
     """[rows] float32: the mean margin of the masks, or the asked quantile (linear between neighbours)."""
     count = masks.sum(dim=1).clamp(min=1)
     mean = torch.where(masks, margin, 0.0).sum(dim=1) / count
@@ -64,7 +64,7 @@ def _margin(view: RowView, masks: Tensor, margin: Tensor) -> Tensor:
     return torch.where(quantile < 0, mean, below + (above - below) * (place - low))
 
 
-def _bar(view: RowView, masks: Tensor) -> Tensor:
+def bar(view: RowView, masks: Tensor) -> Tensor:
     """[rows] float32: the margin that the masks must reach on average."""
     high, low, rate = (_given(view, f"halt_{name}", default) for name, default in _DEFAULTS.items())
     steps = view.parameters["denoising_steps"]

@@ -14,7 +14,7 @@ from ..params import ParameterValue
 from .halt import TOKEN, apply_halt, halt_memory
 from .memory import Memory
 from .spans import plan_grid
-from .view import Decision, RowView, Span, WindowStatistics
+from .view import Decision, LogitBias, RowView, Span, WindowStatistics
 
 Values = Mapping[str, ParameterValue]
 
@@ -40,7 +40,7 @@ class Strategy:
     struct whose docstring is the summary.
     frontier: rows go on from their first undecided position, wherever it is; those of others lie on the grid of blocks.
     refeeds: (frontier) the last token is fed again, since its row predicts the next one.
-    asks_all: statistics of decided positions of the block, too.
+    asks_all: statistics of decided positions of the block, too. biased: it changes logits before they are looked at.
     reference: keep the rules of progress of the authors' code where ours differ.
     """
 
@@ -50,6 +50,7 @@ class Strategy:
     frontier: ClassVar[bool] = False
     refeeds: ClassVar[bool] = False
     asks_all: ClassVar[bool] = False
+    biased: ClassVar[bool] = False
 
     def __init__(self, reference: bool = False) -> None:
         self.reference = reference
@@ -82,6 +83,10 @@ class Strategy:
         return 0
 
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
+        raise NotImplementedError
+
+    def bias(self, view: RowView, statistics: WindowStatistics) -> LogitBias:
+        """(biased) What to add to the logits, given the statistics without it; `decide` sees those with it."""
         raise NotImplementedError
 
     def decide(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:

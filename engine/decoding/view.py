@@ -135,6 +135,18 @@ class WindowStatistics:
 
 
 @dataclass
+class LogitBias:
+    """What is added to the logits of a window's positions. ids: [rows, W, S] int64; values: [rows, W, S] float32."""
+
+    ids: Tensor
+    values: Tensor
+
+    def flat(self) -> LogitBias:
+        """[rows * W, S]"""
+        return LogitBias(self.ids.flatten(0, 1), self.values.flatten(0, 1))
+
+
+@dataclass
 class Decision:
     """commit: [rows, W] bool, positions decided now; tokens: [rows, W] their ids.
 
