@@ -146,7 +146,7 @@ def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
         canvas = len(request.prompt) + request.sampling.max_tokens + len(request.suffix)
     return Geometry(
         block=strategy.window(values, traits),
-        origin=len(request.prompt) if traits.grid == "prompt" else 0,
+        origin=len(request.prompt) if traits.grid == "prompt" and not values.get("aligned") else 0,
         seeds=traits.commit_seeds,
         opens=traits.commit_opens,
         segment=strategy.segment(values, traits),

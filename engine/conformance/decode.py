@@ -33,6 +33,11 @@ KNOWN_DIFFERENCES: list[tuple[str, Callable[[dict[str, Any], list[int], int], bo
         lambda case, prompt, block: "prompts" in case and bool(case["params"].get("use_block_cache")),
         "the reference refreshes the sub-block cache of all rows when one row needs it",
     ),
+    (
+        "sched",
+        lambda case, prompt, block: case["params"].get("average_over_masked") is False,
+        "the reference averages the margins of the prompt too, which says nothing of what is left to decide",
+    ),
 ]
 
 

@@ -29,14 +29,15 @@ class Result:
 class Fixture:
     """golden.json, golden.safetensors and the checkpoint of one folder. Raises ModelError if it is none."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, device: str = "cpu", checkpoint: str | None = None) -> None:
+        """checkpoint: the model's folder as seen from `folder`; None: as golden.json says, or `folder` itself."""
         self.folder, self.device = folder, device
         try:
             self.meta: dict[str, Any] = json.loads((folder / "golden.json").read_text())
         except (OSError, ValueError) as error:
             raise ModelError(f"{folder} holds no readable golden.json: {error}") from None
         self.family = str(self.meta.get("family", folder.name))
-        self.checkpoint = folder / str(self.meta.get("checkpoint", "."))
+        self.checkpoint = folder / (checkpoint or str(self.meta.get("checkpoint", ".")))
         self._engines: dict[tuple[Any, ...], EngineCore] = {}
 
     @cached_property

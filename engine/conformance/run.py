@@ -11,6 +11,7 @@ from .decode import run_fast_dllm_v2, run_sdar
 from .fixture import Fixture, Result
 from .forward import run_forward_cases
 from .jacobi import run_jacobi
+from .llada2 import run_dinfer, run_llada2
 from .rules import run_rules
 from .wedlm import run_wedlm
 
@@ -24,6 +25,9 @@ DECODERS: dict[str, Callable[[Fixture], list[Result]]] = {
     "dream": run_canvas,
     "sched": run_canvas,
     "commit_rules": run_rules,
+    "llada2": run_llada2,
+    "llada21": run_llada2,
+    "dinfer": run_dinfer,
     "wedlm": run_wedlm,
     "wedlm_bias": run_wedlm,
 }

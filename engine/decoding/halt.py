@@ -75,7 +75,8 @@ def bar(view: RowView, masks: Tensor) -> Tensor:
     cosine = 0.5 * (1 + torch.cos(torch.pi * time))
     fall = torch.where(view.chosen("halt", "linear"), 1 - time, exponential)
     fall = torch.where(view.chosen("halt", "cosine"), cosine, fall)
-    return low + (high - low) * fall
+    # Of a single step the first one is the last.
+    return low + (high - low) * torch.where(steps == 1, 0.0, fall)
 
 
 def _given(view: RowView, name: str, default: float) -> Tensor:

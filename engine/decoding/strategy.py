@@ -117,6 +117,9 @@ class GridParams(msgspec.Struct, frozen=True):
         Literal["none", "prefix", "dual"],
         Meta(description="K/V kept within a block: none, of what stands before it, or of all around it (approximate)"),
     ] = "prefix"
+    aligned: Annotated[bool, Meta(description="blocks on the grid from the sequence's start, not the prompt's end")] = (
+        False
+    )
     halt: (
         Annotated[
             Literal["never", "linear", "cosine", "exponential"],
@@ -169,6 +172,7 @@ class GridStrategy(Strategy):
             "block_length": None,
             "sub_block_size": {"choices": divisors},
             "cache": None,
+            "aligned": None,
             "denoising_steps": {"maximum": size},
         }
         if traits.context == "full":

@@ -1,0 +1,63 @@
+"""LLaDA2.1's joint threshold: masks become tokens, and tokens of the block may still become others."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from msgspec import Meta
+
+from ...family import FamilyTraits
+from ..memory import Memory
+from ..ranking import ranks
+from ..strategy import GridParams, GridStrategy, Values
+from ..view import Decision, RowView, WindowStatistics
+
+POST = "edit_post"
+
+
+class EditParams(GridParams, frozen=True):
+    """Masks above a threshold are decided, and decided tokens of the block change where another is surer."""
+
+    threshold: Annotated[float, Meta(ge=0.0, le=1.0, description="commit if confidence > threshold")] = 0.95
+    edit_threshold: Annotated[
+        float, Meta(ge=0.0, le=1.0, description="change a decided token if another has confidence > this")
+    ] = 0.9
+    post_steps: Annotated[int, Meta(ge=0, le=256, description="forwards for edits once nothing is masked")] = 16
+    transfer: Annotated[int, Meta(ge=1, le=256, description="positions that a forward decides at least")] = 1
+
+
+class Edit(GridStrategy):
+    """Mask-to-token and token-to-token by one forward; the block ends with a forward that changes nothing.
+
+    That forward saw the block as it stays, so its K/V is final and no commit forward follows. After `post_steps`
+    forwards without masks the block ends in any case; if its last forward still changed it, it is committed as usual.
+    Nothing of a block is out before it ends. Prompts are never edited.
+    """
+
+    name = "edit"
+    source = "LLaDA2.1 technical report; SGLang JointThreshold"
+    Params = EditParams
+    asks_all = True
+
+    def memory(self, values: Values, traits: FamilyTraits) -> dict[str, Memory]:
+        return super().memory(values, traits) | {POST: Memory((), torch.int32)}
+
+    def choose(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
+        masks = statistics.candidates & view.masked
+        score = torch.where(masks, statistics.confidence, -torch.inf)
+        above = score > view.parameters["threshold"][:, None]
+        least = view.parameters["transfer"]
+        best = masks & (ranks(score) < least[:, None])
+        enough = above.sum(dim=1) >= least
+        commit = torch.where(enough[:, None], above, best)
+        sure = statistics.confidence > view.parameters["edit_threshold"][:, None]
+        edits = statistics.candidates & view.decided & sure & (statistics.token != view.tokens)
+        edits &= view.places >= view.prompt_len[:, None]
+        full = ~view.masked.any(dim=1)
+        post = torch.where(view.step == 0, 0, view.recall(POST)) + full.int()
+        view.remember(POST, post)
+        spent = post > view.parameters["post_steps"]
+        edits &= ~spent[:, None]
+        settled = full & ~edits.any(dim=1)
+        return Decision(commit, statistics.token, overwrite=edits, open=~settled, settled=settled)
