@@ -34,6 +34,7 @@ class FamilyTraits:
     stop_ids: ids that end a text.
     in_block: whether the masks of a block see all of it, or only what is fed before them (WeDLM).
     grid: where blocks start: at the sequence's start, or at the prompt's end.
+    has_filter: the folder holds a trained filter for the strategy `learned`.
     fused_norm: RMSNorm multiplies by the weight in float32 and rounds once (SDAR) instead of rounding before (Llama,
         Qwen, Fast-dLLM v2).
     """
@@ -50,6 +51,7 @@ class FamilyTraits:
     gated: bool = False
     in_block: Literal["bidirectional", "causal"] = "bidirectional"
     grid: Literal["sequence", "prompt"] = "sequence"
+    has_filter: bool = False
 
     @property
     def overhang(self) -> int:

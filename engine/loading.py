@@ -18,8 +18,11 @@ from linocut.kernels.backend import Backend, default_backend
 from .cache.pages import PagePool
 from .cache.prefix import PrefixCache
 from .config import EngineConfig
+from .decoding.filter import FILE as FILTER_FILE
+from .decoding.filter import read_filter
 from .decoding.parameters import resolve
 from .decoding.registry import offered
+from .decoding.strategy import Equipment
 from .errors import ConfigError, ModelError, ParameterError
 from .family import FamilyTraits, family_from_config
 from .machine import choose_device, choose_dtype, page_count, row_share
@@ -80,6 +83,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
             "stop ids", traits.stop_ids if config.stop_ids is None else config.stop_ids, backbone.vocab
         ),
         banned_ids=_known_ids("banned ids", traits.banned_ids, backbone.vocab),
+        has_filter=(folder / FILTER_FILE).exists(),
     )
     device = choose_device(config)
     dtype = choose_dtype(config, backbone, device)
@@ -138,6 +142,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         reference=config.numerics == "reference",
         graphs=device.type == "cuda" and backend == "triton" and not config.eager,
         row_share=row_share(device, dtype, config.quantization),
+        equipment=Equipment(read_filter(folder, device)),
     )
     pool = PagePool(pages)
     fingerprint = f"{traits.context}/{traits.block_size}/start"

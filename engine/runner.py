@@ -19,7 +19,7 @@ from .batch import (
 )
 from .decoding.advance import advance, guard, row_view
 from .decoding.registry import build_strategies
-from .decoding.strategy import Needs, Strategy
+from .decoding.strategy import Equipment, Needs, Strategy
 from .decoding.view import Decision, RowView, Span, WindowStatistics
 from .drafting import Drafter
 from .family import FamilyTraits
@@ -71,12 +71,13 @@ class ModelRunner:
         reference: bool,
         graphs: bool = False,
         row_share: float = 0.003,
+        equipment: Equipment | None = None,
     ) -> None:
         self.decoder, self.cache, self.state, self.traits = decoder, cache, state, traits
         self.graphs = ForwardGraphs(decoder, cache) if graphs else None
         self.row_share = row_share
         self.reference = reference
-        self.strategies = build_strategies(reference)
+        self.strategies = build_strategies(reference, equipment)
         self.stop_at_block_end = reference and traits.logit_source == "own"
         banned = (*traits.banned_ids, *(() if traits.mask_id is None else (traits.mask_id,)))
         self.sampler = Sampler(banned, reference, decoder.backend, state.device)

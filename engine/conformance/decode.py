@@ -34,6 +34,11 @@ KNOWN_DIFFERENCES: list[tuple[str, Callable[[dict[str, Any], list[int], int], bo
         "the reference refreshes the sub-block cache of all rows when one row needs it",
     ),
     (
+        "learn2pd",
+        lambda case, prompt, block: case["params"]["steps"] < case["params"]["gen_length"],
+        "where the schedule asks for more than a block has left, the reference decides a mask of a later block",
+    ),
+    (
         "sched",
         lambda case, prompt, block: case["params"].get("average_over_masked") is False,
         "the reference averages the margins of the prompt too, which says nothing of what is left to decide",

@@ -11,6 +11,7 @@ from .decode import run_fast_dllm_v2, run_sdar
 from .fixture import Fixture, Result
 from .forward import run_forward_cases
 from .jacobi import run_jacobi
+from .learn2pd import run_learn2pd
 from .llada2 import run_dinfer, run_llada2
 from .rules import run_rules
 from .wedlm import run_wedlm
@@ -28,6 +29,7 @@ DECODERS: dict[str, Callable[[Fixture], list[Result]]] = {
     "llada2": run_llada2,
     "llada21": run_llada2,
     "dinfer": run_dinfer,
+    "learn2pd": run_learn2pd,
     "wedlm": run_wedlm,
     "wedlm_bias": run_wedlm,
 }

@@ -14,7 +14,7 @@ from ..family import FamilyTraits
 from . import strategies
 from .columns import Columns
 from .description import ParameterInfo, StrategyInfo, parameters_of
-from .strategy import Strategy
+from .strategy import Equipment, Strategy
 
 
 @cache
@@ -33,9 +33,9 @@ def _defined(module: ModuleType) -> list[type[Strategy]]:
     return [cls for cls in classes if cls.__module__ == module.__name__ and hasattr(cls, "name")]
 
 
-def build_strategies(reference: bool) -> dict[str, Strategy]:
+def build_strategies(reference: bool, equipment: Equipment | None = None) -> dict[str, Strategy]:
     """All strategies; with `reference` they keep their authors' rules of progress."""
-    return {name: cls(reference) for name, cls in strategy_classes().items()}
+    return {name: cls(reference, equipment) for name, cls in strategy_classes().items()}
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -11,6 +12,7 @@ from msgspec import Meta
 
 from ..family import FamilyTraits
 from ..params import ParameterValue
+from .filter import Filter
 from .halt import TOKEN, apply_halt, halt_memory
 from .memory import Memory
 from .spans import plan_grid
@@ -28,6 +30,13 @@ class Needs(enum.Flag):
     NOTHING = 0
     ENTROPY = enum.auto()
     MARGIN = enum.auto()
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What of a model folder strategies use beside the model."""
+
+    filter: Filter | None = None
 
 
 class Strategy:
@@ -52,8 +61,9 @@ class Strategy:
     asks_all: ClassVar[bool] = False
     biased: ClassVar[bool] = False
 
-    def __init__(self, reference: bool = False) -> None:
+    def __init__(self, reference: bool = False, equipment: Equipment | None = None) -> None:
         self.reference = reference
+        self.equipment = equipment or Equipment()
 
     def refusal(self, traits: FamilyTraits) -> str:
         """Why the strategy is not valid on a family; "" if it is."""
