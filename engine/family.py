@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 from .errors import ModelError
 
-Context = Literal["block-causal", "token-causal", "full"]
+Context = Literal["block-causal", "token-causal", "full", "canvas"]
 
 
 @dataclass(frozen=True)
 class FamilyTraits:
     """How a family of checkpoints is prefetched, denoised and committed.
 
-    context: what a final token may see of the sequence before it (and, block-causal, of its own block).
+    context: what a final token may see of the sequence before it (and, block-causal, of its own block); "canvas": one
+        canvas of a fixed length, all of it, without K/V (see `canvas/`).
     logit_source: the row that predicts position p: p itself ("own"), or p - 1 ("previous": shifted families).
     block_size: positions decided together; 1 is autoregressive. Blocks lie on the grid 0, B, 2B, ...
     sub_block_size: positions of a block refined together, left to right; equal to block_size where there are none.
@@ -30,6 +31,7 @@ class FamilyTraits:
     stop_ids: ids that end a text.
     fused_norm: RMSNorm multiplies by the weight in float32 and rounds once (SDAR) instead of rounding before (Llama,
         Qwen, Fast-dLLM v2).
+    reward: a discriminator guides the sampler (canvas models).
     """
 
     name: str
@@ -42,6 +44,7 @@ class FamilyTraits:
     banned_ids: tuple[int, ...] = ()
     fused_norm: bool = False
     gated: bool = False
+    reward: bool = False
 
     @property
     def commit_seeds(self) -> bool:

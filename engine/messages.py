@@ -46,7 +46,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server must know of the loaded model and the resolved configuration."""
 
     family: str
-    context: Literal["block-causal", "token-causal", "full"]
+    context: Literal["block-causal", "token-causal", "full", "canvas"]
     block_size: int
     vocab_size: int
     max_model_len: int  # prompt plus generated tokens
@@ -68,6 +68,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     pages: int
     max_running: int
     max_queued: int
+    reward: bool = False  # a discriminator guides the sampler (canvas models)
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Protocol
 import msgspec
 from msgspec import Meta
 
+from ..canvas.parameters import AncestralParams, GuidedParams
 from ..errors import ParameterError
 from ..family import FamilyTraits
 from ..params import DecodingParams, ParameterValue
@@ -24,6 +25,8 @@ class Traits(Protocol):
     def block_size(self) -> int: ...
     @property
     def mask_id(self) -> int | None: ...
+    @property
+    def reward(self) -> bool: ...
 
 
 class StaticParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,6 +108,8 @@ PARAMETERS: dict[str, type[msgspec.Struct]] = {
     "autoregressive": AutoregressiveParams,
     "jacobi": JacobiParams,
     "verify": VerifyParams,
+    "ancestral": AncestralParams,
+    "guided": GuidedParams,
 }
 
 # Strategies whose rows go on from the last token, wherever it is; those of the others lie on the grid of blocks.
@@ -114,6 +119,8 @@ MAX_DRAFT = 12
 
 def strategies_for(traits: Traits) -> tuple[str, ...]:
     """Names of the strategies that are valid on a model, the family's default first."""
+    if traits.context == "canvas":
+        return ("guided", "ancestral") if traits.reward else ("ancestral",)
     if traits.mask_id is None:
         return ("autoregressive", "jacobi")
     if traits.context == "token-causal":
