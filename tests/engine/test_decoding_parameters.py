@@ -19,9 +19,11 @@ class Model:
     context: str = "block-causal"
     block_size: int = 32
     mask_id: int | None = 7
+    reward: bool = False
 
 
 BLOCKS, CAUSAL, CONVERTED = Model(), Model("token-causal", 1, None), Model("token-causal", 4)
+CANVAS, GUIDED = Model("canvas", 1024), Model("canvas", 1024, reward=True)
 
 
 def refused(model: Model, requested: dict[str, Any] | None, *defaults: Any) -> str:
@@ -43,7 +45,12 @@ def test_strategies_are_those_of_the_attention() -> None:
     assert strategies_for(BLOCKS) == ("threshold", "static")
     assert strategies_for(CAUSAL) == ("autoregressive", "jacobi")
     assert strategies_for(CONVERTED) == ("verify", "threshold", "static", "autoregressive", "jacobi")
-    assert {*strategies_for(BLOCKS), *strategies_for(CONVERTED)} == set(PARAMETERS)
+    assert strategies_for(CANVAS) == ("ancestral",)
+    assert strategies_for(GUIDED) == ("guided", "ancestral")
+    assert {*strategies_for(BLOCKS), *strategies_for(CONVERTED), *strategies_for(GUIDED)} == set(PARAMETERS)
+    assert refused(CANVAS, {"strategy": "guided"}) == "diffusion.strategy"
+    assert refused(CANVAS, {"strategy": "threshold"}) == "diffusion.strategy"
+    assert refused(BLOCKS, {"strategy": "ancestral"}) == "diffusion.strategy"
     assert refused(BLOCKS, {"strategy": "jacobi"}) == "diffusion.strategy"
     assert refused(CAUSAL, {"strategy": "threshold"}) == "diffusion.strategy"
 
@@ -69,6 +76,11 @@ VALID: list[tuple[Model, dict[str, Any]]] = [
     (BLOCKS, {"strategy": "static", "order": "sequential"}),
     (CAUSAL, {"strategy": "jacobi", "draft_length": 2}),
     (CAUSAL, {"strategy": "jacobi", "draft_length": 256}),
+    (CANVAS, {"steps": 1}),
+    (CANVAS, {"steps": 4096}),
+    (GUIDED, {"strategy": "ancestral", "steps": 1}),
+    (GUIDED, {"guidance_scale_start": 0.0, "guidance_scale_end": 1000.0}),
+    (GUIDED, {"num_candidates": 16, "rerank_steps_ratio": 1.0}),
 ]
 
 
@@ -107,7 +119,16 @@ INVALID: list[tuple[Model, dict[str, Any], str]] = [
     (CAUSAL, {"strategy": "jacobi", "draft_length": 257}, "draft_length"),
     (CAUSAL, {"strategy": "jacobi", "draft_length": 16.0001}, "draft_length"),
     (CAUSAL, {"strategy": "jacobi", "draft_length": float("nan")}, "draft_length"),
+    (CANVAS, {"steps": 0}, "steps"),
+    (CANVAS, {"steps": 4097}, "steps"),
+    (CANVAS, {"steps": 2.5}, "steps"),
+    (GUIDED, {"guidance_scale_start": -1}, "guidance_scale_start"),
+    (GUIDED, {"guidance_scale_end": float("inf")}, "guidance_scale_end"),
+    (GUIDED, {"num_candidates": 0}, "num_candidates"),
+    (GUIDED, {"num_candidates": 17}, "num_candidates"),
+    (GUIDED, {"rerank_steps_ratio": 1.01}, "rerank_steps_ratio"),
     # Of another strategy, or of none: nothing accepted is ignored.
+    (CANVAS, {"num_candidates": 2}, "num_candidates"),
     (BLOCKS, {"order": "sequential"}, "order"),
     (BLOCKS, {"strategy": "static", "threshold": 0.9}, "threshold"),
     (CAUSAL, {"strategy": "autoregressive", "draft_length": 4}, "draft_length"),
