@@ -70,6 +70,8 @@ class CanvasBatch:
 
     def draw(self, logits: Tensor, row: Tensor, position: Tensor, candidate: int = 0) -> Tensor:
         """Tokens [M] for the masks at (row, position) from their logits ([M, vocab] float32, changed in place)."""
+        if not row.numel():
+            return row
         logits[:, self.mask_id] = -torch.inf
         if self.banned:
             ids = self.stops[row]

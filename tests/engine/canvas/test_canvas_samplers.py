@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from canvas_engines import answer, canvas_core, request, run
-from plain_canvas import SIZES, Network, PlainSampler, alpha, write_canvas
+from plain_canvas import MASK, SIZES, VOCAB, Network, PlainSampler, alpha, write_canvas
 
 from linocut.engine.canvas.ancestral import ancestral_step
 from linocut.engine.canvas.batch import build_batch
@@ -120,6 +120,24 @@ def test_a_step_draws_from_the_posterior(few: tuple[CanvasCore, Network, Network
     # Positions are drawn independently: both masked as often as the product says.
     both = (batch.undecided[:, 1] & batch.undecided[:, 2]).float().mean()
     assert abs(both - expected[1, 5] * expected[2, 5]) < 4 * 0.5 / ROWS**0.5
+
+
+def test_draws_are_the_same_in_triton(loaded: Loaded) -> None:
+    pytest.importorskip("triton")
+    core, _ = loaded
+    asked = request(core, "r", [65], n=2, top_k=20, min_tokens=4, ignore_eos=False, seed=2**63 + 5)
+    rows = [lay_out(core._model.shape, asked, choice, torch.device("cpu")) for choice in range(2)]
+    torch_batch, triton_batch = (build_batch(rows, MASK, backend) for backend in ("torch", "triton"))
+    row, position = torch_batch.masked()
+    decided = torch_batch.decides(row, position, 0.1, 3)
+    assert 0 < decided.sum() < decided.numel()
+    assert torch.equal(decided, triton_batch.decides(row, position, 0.1, 3))
+    logits = torch.randn(row.numel(), VOCAB, generator=torch.Generator().manual_seed(0))
+    tokens = [batch.draw(logits.clone(), row, position, 1) for batch in (torch_batch, triton_batch)]
+    assert torch.equal(*tokens)
+    assert torch.equal(torch_batch.pick(torch.zeros(2, 4)), triton_batch.pick(torch.zeros(2, 4)))
+    nowhere = row[:0]
+    assert triton_batch.draw(logits[:0], nowhere, nowhere).numel() == 0
 
 
 def test_candidates_are_drawn_by_their_rewards(few: tuple[CanvasCore, Network, Network]) -> None:
