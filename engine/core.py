@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 
-from .decoding.parameters import resolve
 from .decoding.registry import build_strategies
-from .errors import ParameterError
 from .family import FamilyTraits
 from .geometry import Geometry
 from .loading import LoadedModel
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, FinishReason
 from .plan import RowReport, StepPlan
 from .sequence import Sequence
+from .validation import check_request
 
 
 class EngineCore:
@@ -47,36 +46,7 @@ class EngineCore:
 
     def validate(self, request: AddRequest) -> None:
         """Raise ParameterError for what would harm the engine or cannot fit it."""
-        info = self.info
-        if request.request_id in self._sequences:
-            raise ParameterError("request_id", f"request id {request.request_id!r} is in use")
-        if request.n < 1:
-            raise ParameterError("n", "n must be at least 1")
-        if not request.prompt:
-            raise ParameterError("prompt", "the prompt is empty")
-        if min(request.prompt) < 0 or max(request.prompt) >= info.vocab_size:
-            raise ParameterError("prompt", f"token ids must lie in 0..{info.vocab_size - 1}")
-        if any(not 0 <= stop < info.vocab_size for stop in request.sampling.stop_token_ids):
-            raise ParameterError("stop_token_ids", f"token ids must lie in 0..{info.vocab_size - 1}")
-        if request.sampling.max_tokens < 1:
-            raise ParameterError("max_tokens", "max_tokens must be at least 1")
-        if request.suffix and info.context != "full":
-            why = f"a {info.context} model does not see what follows its text: suffix needs full attention"
-            raise ParameterError("suffix", why)
-        if request.suffix and (min(request.suffix) < 0 or max(request.suffix) >= info.vocab_size):
-            raise ParameterError("suffix", f"token ids must lie in 0..{info.vocab_size - 1}")
-        known = len(request.prompt) + len(request.suffix)
-        if known + request.sampling.max_tokens > info.max_model_len:
-            raise ParameterError(
-                "max_tokens",
-                f"the maximum context length is {info.max_model_len} tokens, but the prompt "
-                f"{'and suffix have' if request.suffix else 'has'} {known} and max_tokens is "
-                f"{request.sampling.max_tokens}",
-                code="context_length_exceeded",
-            )
-        if request.sampling.min_tokens > request.sampling.max_tokens:
-            raise ParameterError("min_tokens", "min_tokens must not exceed max_tokens")
-        resolve(info, {"strategy": request.decoding.strategy, **request.decoding.values})
+        check_request(self.info, request, request.request_id in self._sequences)
 
     def abort(self, message: Abort) -> None:
         """End choices silently; unknown ones are ignored."""

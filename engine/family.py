@@ -14,7 +14,7 @@ from .errors import ModelError
 # Longest window of the families that feed their masks causally.
 MAX_WINDOW = 64
 
-Context = Literal["block-causal", "token-causal", "full"]
+Context = Literal["block-causal", "token-causal", "full", "canvas"]
 LogitSource = Literal["own", "previous"]
 
 
@@ -22,7 +22,8 @@ LogitSource = Literal["own", "previous"]
 class FamilyTraits:
     """How a family of checkpoints is prefetched, denoised and committed.
 
-    context: what a final token may see of the sequence before it (and, block-causal, of its own block).
+    context: what a final token may see of the sequence before it (and, block-causal, of its own block); "canvas": one
+        canvas of a fixed length, all of it, without K/V (see `canvas/`).
     logit_source: the row that predicts position p: p itself ("own"), or p - 1 ("previous": shifted families).
     block_size: positions decided together; 1 is autoregressive. Blocks lie on the grid 0, B, 2B, ...
     sub_block_size: positions of a block refined together, left to right; equal to block_size where there are none.
@@ -37,6 +38,7 @@ class FamilyTraits:
     has_filter: the folder holds a trained filter for the strategy `learned`.
     fused_norm: RMSNorm multiplies by the weight in float32 and rounds once (SDAR) instead of rounding before (Llama,
         Qwen, Fast-dLLM v2).
+    reward: a discriminator guides the sampler (canvas models).
     """
 
     name: str
@@ -52,6 +54,7 @@ class FamilyTraits:
     in_block: Literal["bidirectional", "causal"] = "bidirectional"
     grid: Literal["sequence", "prompt"] = "sequence"
     has_filter: bool = False
+    reward: bool = False
 
     @property
     def overhang(self) -> int:

@@ -12,10 +12,9 @@ from typing import Any
 import msgspec
 
 from .config import EngineConfig
-from .core import EngineCore
+from .cores import Core, load_core
 from .decoding.parameters import resolve
 from .errors import ConfigError, ParameterError
-from .loading import load_model
 from .messages import Abort, AddRequest
 from .models.source import resolve_model
 from .params import SamplingParams
@@ -49,7 +48,7 @@ class LLM:
             self.config = msgspec.convert({"model": str(folder), **config}, EngineConfig)
         except msgspec.ValidationError as error:
             raise ConfigError(str(error).replace("`$.", "`")) from None
-        self.core = EngineCore(load_model(self.config), check_invariants=self.config.check_invariants)
+        self.core: Core = load_core(self.config)
         self._names = itertools.count()
         self._tokenizer: Any = None
 
@@ -129,7 +128,9 @@ class LLM:
             completion.text = self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def chat(self, conversations: Items[list[dict[str, str]]], **options: Any) -> list[list[Completion]]:
-        """`generate` on messages, through the checkpoint's chat template."""
+        """`generate` on messages, through the checkpoint's chat template. Raises ParameterError for a canvas model."""
+        if self.core.info.context == "canvas":
+            raise ParameterError("messages", "a canvas model was not trained on conversations: use generate")
         texts = [
             self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             for messages in conversations

@@ -164,7 +164,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         strategy_table=offer.strategy_table,
         default_strategy=defaults.strategy,
         default_parameters=defaults.values,
-        default_sampling=_default_sampling(generation),
+        default_sampling=default_sampling(generation),
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         numerics=config.numerics,
@@ -187,7 +187,7 @@ def _adapter_rank(config: dict[str, Any]) -> int:
         raise ModelError("config.json's linocut.adapter names no rank") from None
 
 
-def _default_sampling(generation: dict[str, Any]) -> dict[str, float]:
+def default_sampling(generation: dict[str, Any]) -> dict[str, float]:
     """The checkpoint's own sampling defaults; values that no request could have are left out, with a warning."""
     if generation.get("do_sample") is False:
         return {"temperature": 0.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,13 @@ from .models.backbone import Backbone
 CPU_KV_BYTES = 2 << 30
 # Device memory left to activations, logits chunks and the allocator on CUDA.
 CUDA_WORKSPACE = 3 << 30
+
+
+class Stored(Protocol):
+    """What the choice of a dtype depends on."""
+
+    @property
+    def dtype(self) -> str: ...
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -33,7 +41,7 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def choose_dtype(config: EngineConfig, backbone: Backbone, device: torch.device) -> torch.dtype:
+def choose_dtype(config: EngineConfig, backbone: Stored, device: torch.device) -> torch.dtype:
     """The configured dtype, or the checkpoint's where this device computes it in hardware."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]

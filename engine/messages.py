@@ -49,7 +49,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server must know of the loaded model and the resolved configuration."""
 
     family: str
-    context: Literal["block-causal", "token-causal", "full"]
+    context: Literal["block-causal", "token-causal", "full", "canvas"]
     block_size: int
     vocab_size: int
     max_model_len: int  # prompt plus generated tokens, and the suffix where there is one

@@ -1,4 +1,4 @@
-"""The engine process: an EngineCore behind two ZeroMQ sockets."""
+"""The engine process: a core behind two ZeroMQ sockets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import msgspec
 import zmq
 
 from .config import EngineConfig
-from .core import EngineCore
+from .cores import Core, load_core
 from .errors import ParameterError
-from .loading import load_model
 from .messages import Abort, AddRequest, ChoiceOutput, EngineInput, EngineOutput, Fatal, Outputs, Ready, Shutdown
 
 log = logging.getLogger("linocut.engine")
@@ -42,7 +41,7 @@ class EngineProcess:
     def run(self) -> None:
         """Load the model and serve until Shutdown. Any exception is reported as Fatal and raised again."""
         try:
-            core = EngineCore(load_model(self._config), check_invariants=self._config.check_invariants)
+            core = load_core(self._config)
             self._send(Ready(model=core.info))
             self._serve(core)
         except BaseException as error:
@@ -53,7 +52,7 @@ class EngineProcess:
             self._output.close()
             self._context.term()
 
-    def _serve(self, core: EngineCore) -> None:
+    def _serve(self, core: Core) -> None:
         published = 0.0
         while True:
             outputs: list[ChoiceOutput] = []
@@ -99,7 +98,7 @@ class EngineProcess:
         self._output.send(self._encoder.encode(message))
 
 
-def _add(core: EngineCore, request: AddRequest) -> list[ChoiceOutput]:
+def _add(core: Core, request: AddRequest) -> list[ChoiceOutput]:
     try:
         core.add(request)
     except ParameterError as error:

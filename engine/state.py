@@ -151,7 +151,7 @@ def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int
     write_list(state.top_p, [s.top_p for s in sampling])
     write_list(state.top_k, [min(s.top_k, torch.iinfo(_INT).max) for s in sampling])
     write_list(state.min_p, [s.min_p for s in sampling])
-    write_list(state.seed, [_signed(s.seed) for s in sampling])
+    write_list(state.seed, [signed_seed(s.seed) for s in sampling])
     write_list(state.choice, [row.choice for row in admissions])
     numbers, integers = state.parameters.columns.encode([row.decoding.values for row in admissions])
     write(state.parameters.numbers, numbers)
@@ -213,7 +213,7 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _signed(seed: int) -> int:
+def signed_seed(seed: int) -> int:
     """The 64-bit seed as torch stores it."""
     seed &= (1 << 64) - 1
     return seed - (1 << 64) if seed >> 63 else seed

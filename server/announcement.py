@@ -30,7 +30,7 @@ def announce(service: Service, url: str) -> None:
 def _curl(service: Service, url: str) -> str:
     key = ' -H "Authorization: Bearer $LINOCUT_API_KEY"' if service.settings.api_keys else ""
     name = service.settings.served_names[0]
-    chat = service.tokenizer is not None and service.tokenizer.template is not None
+    chat = service.chats and service.tokenizer is not None and service.tokenizer.template is not None
     body: dict[str, Any]
     if chat:
         path, body = "chat/completions", {"model": name, "messages": [{"role": "user", "content": "Hello!"}]}

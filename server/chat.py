@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from .answer import Delta
+from .api_errors import BadRequest
 from .delivery import deliver
 from .generation import Generation
 from .jobs import check_choices, make_job, new_id
@@ -25,6 +26,9 @@ async def create_chat_completion(request: Request) -> Response:
     service.check_accepting()
     body, conversation = parse_chat(await service.read(request), service.unknown_fields)
     model = service.resolve_model(body.model)
+    if not service.chats:
+        why = "this model fills a canvas and was not trained on conversations; use /v1/completions"
+        raise BadRequest(why, param="messages")
     check_choices(body, 1, service)
     prompt = await service.prompts.chat(conversation)
     job = make_job(new_id("chatcmpl"), body, [prompt], service, "messages")

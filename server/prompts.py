@@ -27,12 +27,23 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Applies one model's tokenizer; without a tokenizer only token ids pass."""
+    """Applies one model's tokenizer; without a tokenizer only token ids pass.
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, mask_id: int | None, threads: int = 2) -> None:
+    needs_prompt: whether a completion's prompt must hold something.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        mask_id: int | None,
+        threads: int = 2,
+        needs_prompt: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._mask_id = mask_id
+        self._needs_prompt = needs_prompt
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
 
     def close(self) -> None:
@@ -89,16 +100,16 @@ class PromptBuilder:
         if not isinstance(item, str):
             raise BadRequest("a list of prompts holds texts or lists of token ids", param=param)
         ids = self.require_tokenizer("prompt").encode(item, add_special_tokens)
-        if not ids:
+        if not ids and self._needs_prompt:
             raise BadRequest("the prompt is empty", param=param)
         return Prompt(ids, item)
 
     def _ids(self, ids: list[Any], param: str) -> Prompt:
-        if not ids:
+        if not ids and self._needs_prompt:
             raise BadRequest("the prompt is empty", param=param)
         if not all(type(token) is int for token in ids):
             raise BadRequest("token ids and texts cannot be mixed in one prompt", param=param)
-        if max(ids) >= self._vocab_size:
+        if any(token >= self._vocab_size for token in ids):
             raise BadRequest(f"a token id is below {self._vocab_size}", param=param)
         return Prompt(ids)
 

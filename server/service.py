@@ -36,7 +36,9 @@ class Service:
         self.model = engine.model
         if tokenizer is not None:
             tokenizer.guard(self.model)
-        self.prompts = PromptBuilder(tokenizer, self.model.vocab_size, self.model.mask_id)
+        # A canvas can be filled from nothing.
+        needs_prompt = self.model.context != "canvas"
+        self.prompts = PromptBuilder(tokenizer, self.model.vocab_size, self.model.mask_id, needs_prompt=needs_prompt)
         self.metrics = Metrics(settings.served_names[0])
         self.metrics.watch_engine(lambda: engine.stats, lambda: engine.in_flight)
         self.keys = KeyRing(settings.api_keys)
@@ -44,6 +46,11 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.active = 0  # HTTP calls under way, probes apart
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model is one for conversations. Canvas models are not, whatever their tokenizer says."""
+        return self.model.context != "canvas"
 
     @property
     def ready(self) -> bool:

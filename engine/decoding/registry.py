@@ -10,6 +10,7 @@ from types import ModuleType
 
 import msgspec
 
+from ..canvas.parameters import describe_samplers
 from ..family import FamilyTraits
 from . import strategies
 from .columns import Columns
@@ -55,11 +56,14 @@ def offered(traits: FamilyTraits) -> Offered:
     """Every strategy as it is on a family: with the family's bounds, or with the reason why it is not valid there."""
     first = default_strategy(traits)
     table = [_described(cls(), traits) for cls in strategy_classes().values()]
+    table += describe_samplers(traits.context == "canvas", traits.reward)
     return Offered(tuple(sorted(table, key=lambda info: (info.name != first, bool(info.refusal), info.name))))
 
 
 def default_strategy(traits: FamilyTraits) -> str:
     """What the family's own code does, or what its text is at best."""
+    if traits.context == "canvas":
+        return "guided" if traits.reward else "ancestral"
     if traits.mask_id is None:
         return "autoregressive"
     if traits.in_block == "causal":
@@ -68,7 +72,8 @@ def default_strategy(traits: FamilyTraits) -> str:
 
 
 def _described(strategy: Strategy, traits: FamilyTraits) -> StrategyInfo:
-    refusal = strategy.refusal(traits)
+    refusal = "" if traits.context != "canvas" else "a model of a fixed canvas has samplers of its own"
+    refusal = refusal or strategy.refusal(traits)
     parameters: list[ParameterInfo] = []
     changes = {} if refusal else strategy.bounds(traits)
     for parameter in parameters_of(strategy.Params):

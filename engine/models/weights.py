@@ -15,17 +15,15 @@ from .adapter import FILE as ADAPTER_FILE
 
 
 class WeightFiles:
-    """Tensors by name, read one at a time and handed to the device in the wanted dtype."""
+    """Tensors by name, read one at a time and handed to the device in the wanted dtype.
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    files: names in the folder, where it holds the weights of more than one network; None: what the index or the folder
+    lists.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, files: list[str] | None = None) -> None:
         self._dtype, self._device = dtype, device
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            # An adapter lies beside the base's weights, which its index does not know of.
-            files = sorted({*names.values(), *([ADAPTER_FILE] if (folder / ADAPTER_FILE).exists() else [])})
-        else:
-            files = sorted(p.name for p in folder.glob("*.safetensors"))
+        files = _listed(folder) if files is None else files
         if not files:
             raise ModelError(f"{folder} holds no .safetensors weights")
         self._where: dict[str, Path] = {}
@@ -55,6 +53,16 @@ class WeightFiles:
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ModelError(f"{name} is stored as {tensor.dtype}: quantised checkpoints are not supported")
         return tensor.to(device=self._device, dtype=self._dtype)
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files of the folder's index, or all there are."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(p.name for p in folder.glob("*.safetensors"))
+    names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    # An adapter lies beside the base's weights, which its index does not know of.
+    return sorted({*names.values(), *([ADAPTER_FILE] if (folder / ADAPTER_FILE).exists() else [])})
 
 
 class RandomWeights:

@@ -22,14 +22,17 @@ class Model:
     context: Context = "block-causal"
     block_size: int = 32
     mask_id: int | None = 7
+    reward: bool = False
 
     @property
     def strategy_table(self) -> tuple[StrategyInfo, ...]:
         size = self.block_size
-        return offered(FamilyTraits("some", self.context, "own", size, size, self.mask_id, ())).strategy_table
+        traits = FamilyTraits("some", self.context, "own", size, size, self.mask_id, (), reward=self.reward)
+        return offered(traits).strategy_table
 
 
 BLOCKS, CAUSAL, CONVERTED = Model(), Model("token-causal", 1, None), Model("token-causal", 4)
+CANVAS, GUIDED = Model("canvas", 1024), Model("canvas", 1024, reward=True)
 
 
 def refused(model: Model, requested: dict[str, Any] | None, *defaults: Any) -> str:
@@ -52,6 +55,11 @@ def test_strategies_are_those_of_the_attention() -> None:
     assert {"threshold", "static"} <= {*valid_names(BLOCKS)}
     assert set(valid_names(CAUSAL)) == {"autoregressive", "jacobi"}
     assert {"verify", "threshold", "static", "autoregressive", "jacobi"} <= {*valid_names(CONVERTED)}
+    assert valid_names(CANVAS) == ("ancestral",)
+    assert valid_names(GUIDED) == ("guided", "ancestral")
+    assert refused(CANVAS, {"strategy": "guided"}) == "diffusion.strategy"
+    assert refused(CANVAS, {"strategy": "threshold"}) == "diffusion.strategy"
+    assert refused(BLOCKS, {"strategy": "ancestral"}) == "diffusion.strategy"
     assert refused(BLOCKS, {"strategy": "jacobi"}) == "diffusion.strategy"
     assert refused(CAUSAL, {"strategy": "threshold"}) == "diffusion.strategy"
 
@@ -77,6 +85,11 @@ VALID: list[tuple[Model, dict[str, Any]]] = [
     (BLOCKS, {"strategy": "static", "order": "sequential"}),
     (CAUSAL, {"strategy": "jacobi", "draft_length": 2}),
     (CAUSAL, {"strategy": "jacobi", "draft_length": 256}),
+    (CANVAS, {"steps": 1}),
+    (CANVAS, {"steps": 4096}),
+    (GUIDED, {"strategy": "ancestral", "steps": 1}),
+    (GUIDED, {"guidance_scale_start": 0.0, "guidance_scale_end": 1000.0}),
+    (GUIDED, {"num_candidates": 16, "rerank_steps_ratio": 1.0}),
 ]
 
 
@@ -115,7 +128,16 @@ INVALID: list[tuple[Model, dict[str, Any], str]] = [
     (CAUSAL, {"strategy": "jacobi", "draft_length": 257}, "draft_length"),
     (CAUSAL, {"strategy": "jacobi", "draft_length": 16.0001}, "draft_length"),
     (CAUSAL, {"strategy": "jacobi", "draft_length": float("nan")}, "draft_length"),
+    (CANVAS, {"steps": 0}, "steps"),
+    (CANVAS, {"steps": 4097}, "steps"),
+    (CANVAS, {"steps": 2.5}, "steps"),
+    (GUIDED, {"guidance_scale_start": -1}, "guidance_scale_start"),
+    (GUIDED, {"guidance_scale_end": float("inf")}, "guidance_scale_end"),
+    (GUIDED, {"num_candidates": 0}, "num_candidates"),
+    (GUIDED, {"num_candidates": 17}, "num_candidates"),
+    (GUIDED, {"rerank_steps_ratio": 1.01}, "rerank_steps_ratio"),
     # Of another strategy, or of none: nothing accepted is ignored.
+    (CANVAS, {"num_candidates": 2}, "num_candidates"),
     (BLOCKS, {"order": "sequential"}, "order"),
     (BLOCKS, {"strategy": "static", "threshold": 0.9}, "threshold"),
     (CAUSAL, {"strategy": "autoregressive", "draft_length": 4}, "draft_length"),

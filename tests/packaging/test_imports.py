@@ -10,6 +10,9 @@ from checkout import ROOT, run_python
 
 # The scheduler, the caches and what the server takes from the engine.
 TORCH_FREE = [
+    "linocut.engine.canvas.parameters",
+    "linocut.engine.canvas.schedule",
+    "linocut.engine.canvas.shape",
     "linocut.engine.config",
     "linocut.engine.decoding.parameters",
     "linocut.engine.errors",
@@ -21,6 +24,7 @@ TORCH_FREE = [
     "linocut.engine.plan",
     "linocut.engine.scheduler",
     "linocut.engine.sequence",
+    "linocut.engine.validation",
     *(f"linocut.engine.cache.{path.stem}" for path in sorted((ROOT / "engine/cache").glob("[!_]*.py"))),
 ]
 

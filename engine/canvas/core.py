@@ -1,0 +1,158 @@
+"""The canvas core: what `EngineCore` is to the engine process, for models of a fixed canvas."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from linocut.kernels.backend import Backend
+
+from ..messages import Abort, AddRequest, ChoiceOutput, EngineStats, ModelInfo
+from ..validation import check_request
+from .ancestral import ancestral_step
+from .batch import CanvasBatch, build_batch
+from .discriminator import Discriminator
+from .guided import Guidance, reranked_step, tilted_step
+from .row import CanvasRow, lay_out
+from .shape import CanvasShape
+from .transformer import Denoiser
+
+# A gradient keeps the activations of all layers: canvases of a forward for one of a forward and backward.
+_GRADIENT_COST = 8
+
+
+@dataclass
+class LoadedCanvas:
+    info: ModelInfo
+    shape: CanvasShape
+    denoiser: Denoiser
+    reward: Discriminator | None
+    backend: Backend
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What rows of one forward have in common."""
+
+    name: str
+    candidates: int = 0
+
+
+class CanvasCore:
+    """Every step is one denoising step of every running choice, wherever each of them is; others join in between.
+
+    A choice ends with its answer, which may be before its last step: positions up to the first mask are final.
+    """
+
+    def __init__(self, model: LoadedCanvas, *, check_invariants: bool = False) -> None:
+        self.info = model.info
+        self._model = model
+        self._check = check_invariants
+        self._canvases = model.info.token_budget // model.shape.length
+        self._waiting: deque[CanvasRow] = deque()
+        self._running: list[CanvasRow] = []
+        self._forwards = self._positions = self._committed = self._discarded = self._finished = 0
+        self._seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request's choices. Raises ParameterError if it cannot be served; then nothing was queued."""
+        self.validate(request)
+        device = self._model.denoiser.device
+        self._waiting.extend(lay_out(self._model.shape, request, choice, device) for choice in range(request.n))
+
+    def validate(self, request: AddRequest) -> None:
+        """Raise ParameterError for what would harm the engine or cannot fit it. An empty prompt is welcome."""
+        in_use = any(row.request.request_id == request.request_id for row in (*self._running, *self._waiting))
+        check_request(self.info, request, in_use, needs_prompt=False)
+
+    def abort(self, message: Abort) -> None:
+        """End choices silently; unknown ones are ignored."""
+
+        def stays(row: CanvasRow) -> bool:
+            return row.request.request_id != message.request_id or message.choice not in (None, row.choice)
+
+        self._waiting = deque(filter(stays, self._waiting))
+        self._running = list(filter(stays, self._running))
+
+    def step(self) -> list[ChoiceOutput]:
+        """One denoising step of all that run; one entry per choice whose answer grew or ended."""
+        began = time.perf_counter()
+        while self._waiting and len(self._running) < self.info.max_running:
+            self._running.append(self._waiting.popleft())
+        for kind, rows in self._forward_groups():
+            self._denoise(kind, rows)
+        outputs = []
+        for row in self._running:
+            tokens = row.collect()
+            self._committed += len(tokens)
+            if row.finish:
+                self._finished += 1
+                self._discarded += row.discarded()
+            if tokens or row.finish:
+                outputs.append(row.output(tokens))
+        self._running = [row for row in self._running if row.finish is None]
+        self._seconds += time.perf_counter() - began
+        return outputs
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            forwards=self._forwards,
+            denoise_positions=self._positions,
+            committed_tokens=self._committed,
+            blocks_finished=self._finished,
+            discarded_tokens=self._discarded,
+            step_seconds=self._seconds,
+        )
+
+    def _forward_groups(self) -> Iterator[tuple[_Kind, list[CanvasRow]]]:
+        groups: dict[_Kind, list[CanvasRow]] = {}
+        for row in self._running:
+            groups.setdefault(_kind(row), []).append(row)
+        for kind, rows in groups.items():
+            most = max(1, self._canvases // _GRADIENT_COST) if kind.name == "tilted" else self._canvases
+            for start in range(0, len(rows), most):
+                yield kind, rows[start : start + most]
+
+    def _denoise(self, kind: _Kind, rows: list[CanvasRow]) -> None:
+        model = self._model
+        batch = build_batch(rows, model.shape.mask_id, model.backend)
+        if kind.name == "ancestral":
+            ancestral_step(model.denoiser, batch)
+        else:
+            assert model.reward is not None  # `resolve` lets no guided request pass without one
+            if kind.name == "tilted":
+                scales = [Guidance.of(row.request.decoding).scale(row.step) for row in rows]
+                tilted_step(model.denoiser, model.reward, batch, scales)
+            else:
+                reranked_step(model.denoiser, model.reward, batch, kind.candidates)
+        if self._check:
+            _check_progress(rows, batch)
+        for index, row in enumerate(rows):
+            row.tokens, row.undecided = batch.tokens[index], batch.undecided[index]
+            row.step += 1
+        self._forwards += 1
+        self._positions += batch.tokens.numel()
+
+
+def _kind(row: CanvasRow) -> _Kind:
+    if row.request.decoding.strategy != "guided" or row.step == row.steps:
+        return _Kind("ancestral")  # what the last step leaves is drawn without guidance
+    guidance = Guidance.of(row.request.decoding)
+    return _Kind("tilted") if row.step < guidance.tilted else _Kind("reranked", guidance.candidates)
+
+
+def _check_progress(rows: list[CanvasRow], batch: CanvasBatch) -> None:
+    for index, row in enumerate(rows):
+        tokens, undecided = batch.tokens[index], batch.undecided[index]
+        assert not (undecided & ~row.undecided).any(), "a decided position was masked again"
+        assert tokens[~row.undecided].equal(row.tokens[~row.undecided]), "a decided position changed"
+        assert not (tokens[row.undecided & ~undecided] == batch.mask_id).any(), "a mask was drawn as a token"
+        assert row.step < row.steps or not undecided.any(), "masks are left after the last step"
