@@ -23,7 +23,8 @@ class LogitRows:
     """Which hidden states become logits, and for which position of which row.
 
     source: [M] int64, index into the flat batch. row: [M] int64, index into the plan's rows; slot: its state slot.
-    offset: [M] int64 in the row's window; position: [M] int32. valid: [M] bool; the host may reserve too many.
+    offset: [M] int64 in the row's window; position: [M] int32. valid: [M] bool; the host may reserve too many. ahead:
+    [M] int32, by how many steps of its row an entry is ahead, None: none is.
     """
 
     source: Tensor
@@ -32,6 +33,7 @@ class LogitRows:
     offset: Tensor
     position: Tensor
     valid: Tensor
+    ahead: Tensor | None = None
 
     def at(self, part: slice | Tensor) -> LogitRows:
         return LogitRows(
@@ -41,6 +43,7 @@ class LogitRows:
             self.offset[part],
             self.position[part],
             self.valid[part],
+            None if self.ahead is None else self.ahead[part],
         )
 
 
@@ -309,11 +312,13 @@ def draft_rows(
     )
 
 
-def segment_rows(rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Tensor, query_start: Tensor) -> LogitRows:
+def segment_rows(
+    rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Tensor, query_start: Tensor, shift: int
+) -> LogitRows:
     """All rows of the draft segments of a group, rows * S * L entries for the most S and the longest L of the plan.
 
-    slots, start, query_start: [rows]; segments: [rows, S] (see Span). Offsets count through a row's segments. Rows of a
-    segment predict their own position.
+    slots, start, query_start: [rows]; segments: [rows, S] (see Span). Offsets count through a row's segments. shift: a
+    row predicts its own position (0) or the next one (1; the first position of a segment is then predicted by none).
     """
     device = start.device
     most, longest = max(row.segments for row in rows), max(row.segment for row in rows)
@@ -322,8 +327,8 @@ def segment_rows(rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Te
     width = _to(np.array([row.width for row in rows]), device)[:, None, None]
     index = torch.arange(most, device=device)[None, :, None]
     nth = torch.arange(longest, device=device)[None, None, :]
-    valid = (index < ran) & (nth < length) & (segments[:, :most, None] >= 0)
-    source = query_start[:, None, None] + width + index * length + nth
+    valid = (index < ran) & (nth >= shift) & (nth < length) & (segments[:, :most, None] >= 0)
+    source = query_start[:, None, None] + width + index * length + nth - shift
     position = (start[:, None] + segments[:, :most]).int()[:, :, None] + nth.int()
     row = torch.arange(len(rows), device=device)[:, None, None].expand_as(valid)
     return LogitRows(
@@ -333,6 +338,7 @@ def segment_rows(rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Te
         (index * longest + nth).expand_as(valid).flatten(),
         position.expand_as(valid).flatten(),
         valid.flatten(),
+        (index + 1).expand_as(valid).flatten().int(),
     )
 
 

@@ -224,7 +224,8 @@ class ModelRunner:
         if not any(row.segments for row in plan):
             return None
         first = forward.query_start[group.first : group.last]
-        rows = segment_rows(plan, view.slots, segments, view.start, first)
+        shift = 1 if self.traits.logit_source == "previous" else 0
+        rows = segment_rows(plan, view.slots, segments, view.start, first, shift)
         found = self.sampler.propose(self.state, forward.hidden, rows, None, self.decoder.logits, forward.flags)
         return to_window(rows, found, len(plan), rows.source.shape[0] // len(plan))
 

@@ -115,7 +115,7 @@ class Sampler:
             seed=state.seed[slot],
             choice=state.choice[slot],
             position=rows.position,
-            step=state.step[slot],
+            step=state.step[slot] if rows.ahead is None else state.step[slot] + rows.ahead,
             filtered=flags.filtered,
             sampled=flags.sampled,
         )

@@ -116,6 +116,7 @@ class Sequence:
         if geometry.canvas:
             self.width, self.targets = geometry.canvas, geometry.block
             return
+        self.segments = 0
         first_undecided = not (self.decided[0] if self.decided else self.start < len(self.tokens))
         if geometry.seeds and first_undecided and self.start > 0:
             self.width, self.targets = self.start - final_len, 1

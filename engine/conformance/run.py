@@ -10,6 +10,7 @@ from .canvas import run_canvas
 from .decode import run_fast_dllm_v2, run_sdar
 from .fixture import Fixture, Result
 from .forward import run_forward_cases
+from .freedave import run_freedave
 from .jacobi import run_jacobi
 from .learn2pd import run_learn2pd
 from .llada2 import run_dinfer, run_llada2
@@ -30,6 +31,7 @@ DECODERS: dict[str, Callable[[Fixture], list[Result]]] = {
     "llada21": run_llada2,
     "dinfer": run_dinfer,
     "learn2pd": run_learn2pd,
+    "freedave": run_freedave,
     "wedlm": run_wedlm,
     "wedlm_bias": run_wedlm,
 }

@@ -123,8 +123,9 @@ def advance(
         final_len = torch.maximum(view.final_len, done)
         if decision.settled is not None:
             final_len = torch.where(moved & decision.settled, start, final_len)
-        refined = whole & ~span.seeding
-        state.step[view.slots] = torch.where(moved, 0, view.step + refined.int()).int()
+        refined = (whole & ~span.seeding).int()
+        steps = refined if decision.steps is None else refined * decision.steps
+        state.step[view.slots] = torch.where(moved, 0, view.step + steps).int()
         ran_block = whole & (span.run_start <= view.start) & (span.run_end > view.start)
         state.fresh[view.slots] = (view.fresh | ran_block) & ~moved
     state.start[view.slots] = start.int()
