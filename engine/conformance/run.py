@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .canvas import run_canvas
 from .decode import run_fast_dllm_v2, run_sdar
+from .filters import run_filters
 from .fixture import Fixture, Result
 from .forward import run_forward_cases
 from .freedave import run_freedave
@@ -32,6 +33,7 @@ DECODERS: dict[str, Callable[[Fixture], list[Result]]] = {
     "dinfer": run_dinfer,
     "learn2pd": run_learn2pd,
     "freedave": run_freedave,
+    "sampling_filters": run_filters,
     "wedlm": run_wedlm,
     "wedlm_bias": run_wedlm,
 }
