@@ -28,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sdar12": {"model": "sdar", "block_size": 12},
     "sdar16": {"model": "sdar", "block_size": 16},
     "causal": {"model": "jacobi_qwen2"},
+    **{name: {"model": name, "mask_id": 311} for name in ("sdar_moe", "llada2", "llada", "dream", "wedlm")},
 }
 BLOCK = {"fast_dllm_v2": 32, "sdar": 4, "sdar1": 1, "sdar12": 12, "sdar16": 16, "causal": 1}
 # Shifted with sub-blocks; unshifted with small and with large blocks; causal.
