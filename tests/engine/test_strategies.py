@@ -99,7 +99,7 @@ def test_a_preempted_row_goes_on_where_it_was(family: str, strategy: str) -> Non
     def disturb(core: EngineCore) -> None:
         nonlocal steps
         steps += 1
-        if steps % 3 == 0 and core.scheduler.running:
+        if steps % 3 == 1 and core.scheduler.running:
             core.scheduler._preempt(core.scheduler.running[-1])
 
     answers = run(core, asked, observe=disturb)
