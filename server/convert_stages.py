@@ -126,3 +126,10 @@ def run_evaluate(model: Path, original: Path, prompts: list[Path], out: Path, op
         if "keyword argument" not in str(error):
             raise
         raise ConfigError(f"evaluate: {error}") from None
+
+
+def strategy_rows(model: Path) -> list[Any]:
+    """Rows of `evaluate` for every strategy of a model folder."""
+    from linocut.training.evaluate_settings import strategy_settings
+
+    return list(strategy_settings(model))

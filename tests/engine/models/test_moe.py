@@ -150,7 +150,9 @@ def test_equal_scores_go_to_the_lowest_experts() -> None:
 def test_routing_is_in_float32_whatever_the_models_dtype() -> None:
     """Two experts whose scores bfloat16 would not tell apart."""
     weight = torch.tensor([[1.0, 0.0], [1.0, 2**-10]])
-    experts, weights = Router(lambda x: linear(x, weight), None, Experts(2, 1, 8))(torch.ones(1, 2, dtype=torch.bfloat16))
+    experts, weights = Router(lambda x: linear(x, weight), None, Experts(2, 1, 8))(
+        torch.ones(1, 2, dtype=torch.bfloat16)
+    )
     assert experts.tolist() == [[1]]
     assert weights.dtype == torch.float32
 
