@@ -116,5 +116,5 @@ def strategy_settings(folder: Path) -> list[Setting]:
         found += [Setting("converted", info.name, None, {knob: value}) for value in values] or [
             Setting("converted", info.name)
         ]
-    halting = {"threshold": 0.9, "halt": "linear", "halt_high": 4.0, "halt_low": 1.0}
+    halting: dict[str, Value] = {"threshold": 0.9, "halt": "linear", "halt_high": 4.0, "halt_low": 1.0}
     return [*found, Setting("converted", "threshold", None, halting)]

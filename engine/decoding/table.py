@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..family import FamilyTraits, family_from_config
 from .description import ParameterInfo, StrategyInfo
 from .registry import offered
 
 # A config.json of each family, as far as its traits go.
-_CONFIGS = {
+_CONFIGS: dict[str, dict[str, Any]] = {
     "Llama, Qwen2, Qwen3": {"model_type": "qwen3"},
     "Fast-dLLM v2": {"model_type": "fast_dllm_qwen"},
     "SDAR, TraDo": {"model_type": "sdar"},
@@ -43,8 +45,8 @@ def strategy_tables() -> str:
         "Written by `linocut strategies`; do not edit.",
         "",
         '`extra_body={"diffusion": {"strategy": NAME, PARAMETER: VALUE, …}}` chooses one for a request,',
-        "`--strategy NAME --strategy-parameter PARAMETER=VALUE` for all that name none. What is not valid on a model is",
-        "a 400 that says why. Default of a family: **bold**.",
+        "`--strategy NAME --strategy-parameter PARAMETER=VALUE` for all that name none. What is not valid on a",
+        "model is a 400 that says why. Default of a family: **bold**.",
         "",
         "| strategy | " + " | ".join(offers) + " |",
         "|---" * (len(offers) + 1) + "|",
