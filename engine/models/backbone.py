@@ -10,18 +10,17 @@ from ..family import BACKBONE_OF_MODEL_TYPE, model_type_of
 from .experts import Experts, experts_from_config
 from .names import Layout
 
-
 LAYOUTS: dict[str, Layout] = {"llada": "olmo", "llada2": "llada2", "ministral3": "encoder"}
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Shape and layer details of a Llama, Qwen2, Qwen3 or Ministral 3 transformer, or of one that differs in names alone.
+    """Shape and layer details of a Llama, Qwen2, Qwen3 or Ministral 3 transformer, or of one with other names.
 
     qkv_bias, o_bias, mlp_bias: linear layers with a bias. qk_norm: RMSNorm per head on queries and keys before RoPE.
     names: how the checkpoint names its tensors (`names.py`). rotary_dim: leading dimensions of a head that rotate;
-    None: all. rope_float32: queries and keys rotate in float32 whatever the model's dtype. query_scaling: (beta, n) where a
-    query at position p grows by 1 + beta * ln(1 + p // n) (Llama 4). experts: where layers have experts for an MLP.
+    None: all. rope_float32: queries and keys rotate in float32 whatever the model's dtype. query_scaling: (beta, n) where
+    a query at position p grows by 1 + beta * ln(1 + p // n) (Llama 4). experts: where layers have experts for an MLP.
     """
 
     layers: int
@@ -121,7 +120,7 @@ def backbone_from_config(config: dict[str, Any]) -> Backbone:
 
 
 def _dense_intermediate(kind: str, config: dict[str, Any]) -> int:
-    """Width of the layers without experts; LLaDA-MoE calls it something else, and its checkpoints have no such layer."""
+    """Width of the layers without experts; LLaDA-MoE has another name for it, and its checkpoints no such layer."""
     if kind != "olmoe":
         return int(config["intermediate_size"])
     return int(config["dense_intermediate_size"]) if 0 in (config.get("moe_layer_freq") or ()) else 0
@@ -158,7 +157,14 @@ def _from_olmo(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise ModelError(f"{name} {config[name]!r} is not supported ({value} is)")
-    unused = ("input_emb_norm", "attention_layer_norm", "scale_logits", "include_bias", "bias_for_layer_norm", "clip_qkv")
+    unused = (
+        "input_emb_norm",
+        "attention_layer_norm",
+        "scale_logits",
+        "include_bias",
+        "bias_for_layer_norm",
+        "clip_qkv",
+    )
     for name in unused:
         if config.get(name):
             raise ModelError(f"{name} is not supported")
