@@ -13,7 +13,10 @@ def plan_grid(view: RowView, traits: FamilyTraits, asks_all: bool = False) -> Sp
     """The active block; with `asks_all` its decided positions behind the prompt are asked about, too."""
     span = plan_canvas(view, traits) if traits.context == "full" else plan_block(view, traits)
     if asks_all:
-        span.targets = torch.where(span.seeding[:, None], span.targets, view.generated)
+        # In shifted families the row before a position has to run, too.
+        shift = 1 if traits.logit_source == "previous" else 0
+        asked = view.generated & (view.places - shift >= span.run_start[:, None])
+        span.targets = torch.where(span.seeding[:, None], span.targets, asked | span.targets)
     return span
 
 

@@ -40,6 +40,11 @@ class Edit(GridStrategy):
     Params = EditParams
     asks_all = True
 
+    def refusal(self, traits: FamilyTraits) -> str:
+        if traits.context == "token-causal" and traits.mask_id is not None:
+            return "decided tokens of this model are final as soon as all before them are"
+        return super().refusal(traits)
+
     def memory(self, values: Values, traits: FamilyTraits) -> dict[str, Memory]:
         return super().memory(values, traits) | {POST: Memory((), torch.int32)}
 
