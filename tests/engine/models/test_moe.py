@@ -230,6 +230,35 @@ def test_products_grouped_by_expert_are_the_experts_one_by_one(config: Experts, 
     torch.testing.assert_close(grouped(x, experts, shares).double(), want, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("config", [QWEN3, LLADA2], ids=["qwen3", "llada2"])
+def test_on_a_gpu_experts_run_without_waiting_and_in_a_graph(config: Experts, dtype: torch.dtype) -> None:
+    class OnDevice(Named):
+        def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+            return super().get(name, shape).to("cuda", dtype)
+
+    weights = OnDevice(scale=0.1)
+    mlp, x = mlp_of(config, weights), tokens(40).to("cuda", dtype)
+    assert isinstance(mlp._experts, GroupedExperts)
+    assert mlp._experts._fused == (dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (9, 0))
+    mlp(x)  # libraries make their handles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = mlp(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = expected(config, weights, x.cpu())
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(got.cpu().double(), want, rtol=tolerance, atol=tolerance)
+    graph, held = torch.cuda.CUDAGraph(), x.clone()
+    with torch.cuda.graph(graph):
+        replayed = mlp(held)
+    held.copy_(tokens(40, seed=8))
+    graph.replay()
+    torch.testing.assert_close(replayed, mlp(held))
+
+
 def test_random_weights_serve_a_shape_without_a_checkpoint() -> None:
     mlp: Any = MoeMlp(RandomWeights(torch.float32, CPU), "mlp.", HIDDEN, LLADA2, "none", "torch")
     assert mlp(tokens(9)).isfinite().all()
