@@ -82,18 +82,15 @@ def _value(text: str) -> Value:
     return text
 
 
-def default_settings(
-    drafts: Sequence[int] = (2, 3, 4, 6, 8),
-    block_sizes: Sequence[int] = (4, 8, 16),
-    thresholds: Sequence[float] = (0.4, 0.55, 0.7, 0.9),
-) -> list[Setting]:
+def default_settings() -> list[Setting]:
     """The table of a model card. `row_cost` 0 runs every row that could be of use, whatever the load: the algorithm's
     own tokens per forward; without it the engine weighs rows by device and load, as when it serves."""
     settings = [ORIGINAL, OWN, Setting("converted", "verify")]
-    settings += [Setting("converted", "verify", None, {"draft_length": n, "row_cost": 0}) for n in drafts]
-    for size in block_sizes:
+    settings += [Setting("converted", "verify", None, {"draft_length": n, "row_cost": 0}) for n in (2, 3, 4, 6, 8)]
+    for size in (4, 8, 16):
         settings.append(Setting("converted", "static", size))
-        settings += [Setting("converted", "threshold", size, {"threshold": value}) for value in thresholds]
+        for threshold in (0.4, 0.55, 0.7, 0.9):
+            settings.append(Setting("converted", "threshold", size, {"threshold": threshold}))
     return settings
 
 

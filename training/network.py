@@ -171,7 +171,7 @@ def make_batch(
     segments: Segments,
     block: int,
     partial: bool,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
 ) -> Batch:
     """Put a batch together; draws the rows that pass the head where settings.loss_share is below 1."""
     chosen = None
