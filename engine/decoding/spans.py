@@ -10,13 +10,19 @@ from .view import RowView, Span
 
 
 def plan_grid(view: RowView, traits: FamilyTraits, asks_all: bool = False) -> Span:
-    """The active block; with `asks_all` its decided positions behind the prompt are asked about, too."""
+    """The active block; with `asks_all` its decided positions behind the prompt are asked about, too.
+
+    Left out are those whose predicting row a step may do without, since its K/V is kept: what a row is asked must not
+    depend on whether a preemption makes it run that row again.
+    """
     span = plan_canvas(view, traits) if traits.context == "full" else plan_block(view, traits)
     if asks_all:
-        # In shifted families the row before a position has to run, too.
-        shift = 1 if traits.logit_source == "previous" else 0
-        asked = view.generated & (view.places - shift >= span.run_start[:, None])
-        span.targets = torch.where(span.seeding[:, None], span.targets, asked | span.targets)
+        kept = torch.zeros_like(view.decided)
+        if traits.context == "token-causal":
+            kept = view.decided.int().cumprod(dim=1).bool()
+        elif traits.logit_source == "previous":
+            kept = (view.offsets == 0) & ~view.chosen("cache", "none")[:, None]
+        span.targets = torch.where(span.seeding[:, None], span.targets, view.generated & ~kept)
     return span
 
 

@@ -33,6 +33,9 @@ class Edit(GridStrategy):
     That forward saw the block as it stays, so its K/V is final and no commit forward follows. After `post_steps`
     forwards without masks the block ends in any case; if its last forward still changed it, it is committed as usual.
     Nothing of a block is out before it ends. Prompts are never edited.
+
+    Shifted families commit in any case: the clean rows decide the next block's first token. That one is not edited,
+    since no later forward runs the row that predicts it.
     """
 
     name = "edit"
@@ -41,9 +44,11 @@ class Edit(GridStrategy):
     asks_all = True
 
     def refusal(self, traits: FamilyTraits) -> str:
-        if traits.context == "token-causal" and traits.mask_id is not None:
-            return "decided tokens of this model are final as soon as all before them are"
-        return super().refusal(traits)
+        if refusal := super().refusal(traits):
+            return refusal
+        if traits.context == "token-causal":
+            return "a decided token is final as soon as all before it are, so none can be edited"
+        return "" if traits.context == "block-causal" else "it edits blocks, and this model was trained without them"
 
     def memory(self, values: Values, traits: FamilyTraits) -> dict[str, Memory]:
         return super().memory(values, traits) | {POST: Memory((), torch.int32)}
@@ -58,11 +63,13 @@ class Edit(GridStrategy):
         commit = torch.where(enough[:, None], above, best)
         sure = statistics.confidence > view.parameters["edit_threshold"][:, None]
         edits = statistics.candidates & view.decided & sure & (statistics.token != view.tokens)
-        edits &= view.places >= view.prompt_len[:, None]
+        edits = edits & (view.places >= view.prompt_len[:, None])
         full = ~view.masked.any(dim=1)
-        post = torch.where(view.step == 0, 0, view.recall(POST)) + full.int()
+        post = torch.where(full, view.recall(POST) + 1, 0)
         view.remember(POST, post)
-        spent = post > view.parameters["post_steps"]
-        edits &= ~spent[:, None]
-        settled = full & ~edits.any(dim=1)
-        return Decision(commit, statistics.token, overwrite=edits, open=~settled, settled=settled)
+        unchanged = full & ~edits.any(dim=1)
+        spent = ~(view.masked & ~commit).any(dim=1) & (post >= view.parameters["post_steps"])
+        # A row that ran a chunk has looked at nothing yet.
+        done = (unchanged | spent) & view.whole
+        settled = unchanged if traits.logit_source == "own" else None
+        return Decision(commit, statistics.token, overwrite=edits, open=~done, settled=settled)
