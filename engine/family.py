@@ -72,7 +72,7 @@ class FamilyTraits:
         return self.logit_source == "previous" and self.context == "token-causal"
 
 
-# model_type (lower case) of a config.json -> family name. Plain backbones are served autoregressively.
+# Model type, see `model_type_of`, -> family name. Plain backbones are served autoregressively.
 FAMILY_OF_MODEL_TYPE = {
     "llama": "ar",
     "qwen2": "ar",
@@ -86,9 +86,11 @@ FAMILY_OF_MODEL_TYPE = {
     "lladamoe": "llada",
     "dream": "dream",
     "wedlm": "wedlm",
+    "stable_diffcoder": "stable_diffcoder",
+    "nemotron_labs_diffusion": "nemotron_labs_diffusion",
 }
 
-# model_type -> backbone (weight names and layer details).
+# Model type -> backbone (weight names and layer details).
 BACKBONE_OF_MODEL_TYPE = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -102,9 +104,11 @@ BACKBONE_OF_MODEL_TYPE = {
     "lladamoe": "olmoe",
     "dream": "qwen2",
     "wedlm": "wedlm",
+    "stable_diffcoder": "llama",
+    "nemotron_labs_diffusion": "ministral3",
 }
 
-# Published mask ids, where a config.json does not name one (it normally should), by model_type.
+# Published mask ids, where a config.json does not name one (it normally should), by model type.
 PUBLISHED_MASK_ID = {
     "fast_dllm_qwen": 151665,
     "sdar": 151669,
@@ -114,7 +118,12 @@ PUBLISHED_MASK_ID = {
     "lladamoe": 156895,
     "dream": 151666,
     "wedlm": 151665,
+    "stable_diffcoder": 5,
+    "nemotron_labs_diffusion": 100,
 }
+
+# Published block sizes, likewise, by family.
+PUBLISHED_BLOCK_SIZE = {"sdar": 4, "llada2": 32, "stable_diffcoder": 4, "nemotron_labs_diffusion": 32}
 
 # Blocks of the models whose attention knows none: how much of a canvas is decoded at a time, unless a request says so.
 CANVAS_BLOCK = 32
@@ -124,6 +133,17 @@ def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
+
+
+def model_type_of(config: dict[str, Any]) -> str:
+    """The model type of a config.json, lower case, and a type of our own where a checkpoint borrows another's:
+    Stable-DiffCoder is published as "llama", LLaDA-MoE as "llada"."""
+    named = str(config.get("model_type", "")).lower()
+    if named == "llama" and any("diffcoder" in text.lower() for text in _architectures(config)):
+        return "stable_diffcoder"
+    if named == "llada" and config.get("num_experts"):
+        return "lladamoe"
+    return named
 
 
 def family_from_config(
@@ -138,7 +158,7 @@ def family_from_config(
     plain backbone a block-diffusion model. `block_size` and `mask_id` override the checkpoint's, except in
     autoregressive families. Raises ModelError for a model type that no family covers.
     """
-    model_type = str(config.get("model_type", "")).lower()
+    model_type = model_type_of(config)
     name = FAMILY_OF_MODEL_TYPE.get(model_type)
     if name is None:
         known = ", ".join(sorted(FAMILY_OF_MODEL_TYPE))
@@ -149,11 +169,6 @@ def family_from_config(
     stops, banned = tuple(stop_ids), _ids(own.get("banned_ids"))
     if name == "ar" and "context" in own:
         return _converted(own, int(config["vocab_size"]), stops, banned, block_size, mask_id)
-    if name == "ar" and any("DiffCoder" in text for text in _architectures(config)):
-        # Stable-DiffCoder keeps Llama's model_type.
-        mask = _checked_mask(_first_given(mask_id, config.get("mask_token_id")), int(config["vocab_size"]))
-        size = block_size or int(config.get("block_size") or 4)
-        return FamilyTraits("stable_diffcoder", "block-causal", "own", size, size, mask, stops, banned)
     if name == "ar":
         if block_size not in (None, 1):
             raise ModelError(
@@ -174,7 +189,9 @@ def family_from_config(
         if block_size is not None:
             raise ModelError("block_size does not apply to wedlm: its window is a parameter of requests")
         return FamilyTraits(name, "token-causal", "own", 1, 1, mask, stops, banned, in_block="causal")
-    size = block_size or int(config.get("block_size") or (32 if name == "llada2" else 4))
+    size = block_size or int(config.get("block_size") or PUBLISHED_BLOCK_SIZE[name])
+    if name == "nemotron_labs_diffusion":
+        return FamilyTraits(name, "token-causal", "own", size, size, mask, stops, banned, grid="prompt")
     fused_norm = name == "sdar"
     return FamilyTraits(name, "block-causal", "own", size, size, mask, stops, banned, fused_norm=fused_norm)
 
@@ -185,10 +202,7 @@ def _architectures(config: dict[str, Any]) -> list[str]:
 
 
 def _first_given(*values: Any) -> int:
-    given = [int(value) for value in values if value is not None]
-    if not given:
-        raise ModelError("config.json names no mask_token_id: give it by --mask-id")
-    return given[0]
+    return next(int(value) for value in values if value is not None)
 
 
 def _converted(

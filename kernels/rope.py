@@ -108,11 +108,12 @@ def rope_and_cache_write(
     """Rotate q and k, write k and v into the cache, return the rotated q.
 
     q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]; all three may be strided views of one fused
-    projection. table: [positions, rotary_dim] from `rope_table`, in q's dtype. positions, slots: [tokens] int32 or
-    int64; slot = page * page_size + offset, each at most once except in a reserved padding page. k_cache, v_cache:
-    [pages, page_size, kv_heads, head_dim], written in place. Returns [tokens, heads, head_dim], contiguous.
+    projection. table: [positions, rotary_dim] from `rope_table`. positions, slots: [tokens] int32 or int64; slot = page
+    * page_size + offset, each at most once except in a reserved padding page. k_cache, v_cache: [pages, page_size,
+    kv_heads, head_dim] of q's dtype, written in place. Returns [tokens, heads, head_dim], contiguous.
 
-    The arithmetic is Hugging Face's, rounding after every product and sum: x * cos + rotate_half(x) * sin.
+    The arithmetic is Hugging Face's, rounding to the table's dtype after every product and sum: x * cos +
+    rotate_half(x) * sin. The table is of q's dtype, or of float32 for models that rotate in full precision (LLaDA).
     """
     if backend == "triton":
         from .rope_triton import triton_rope_and_cache_write
@@ -123,9 +124,9 @@ def rope_and_cache_write(
     cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
     slots = slots.long()
     flat = (-1, *k_cache.shape[2:])
-    k_cache.view(flat).index_copy_(0, slots, _rotate(k, cos, sin))
+    k_cache.view(flat).index_copy_(0, slots, _rotate(k.to(table.dtype), cos, sin).to(k.dtype))
     v_cache.view(flat).index_copy_(0, slots, v)
-    return _rotate(q, cos, sin)
+    return _rotate(q.to(table.dtype), cos, sin).to(q.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:

@@ -14,15 +14,18 @@ def _rotate_heads(
     x_ptr, out_ptr, cos, sin, head, heads, x_head, head_dim,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the heads `head` [HEADS, 1] of one token; out is [heads, head_dim], contiguous."""
+    """Rotate the heads `head` [HEADS, 1] of one token; out is [heads, head_dim], contiguous.
+
+    Every product is rounded to the table's dtype before the sum, as separate torch operators do.
+    """
     column = tl.arange(0, BLOCK_HALF)[None, :]
     mask = (head < heads) & (column < HALF)
-    dtype = out_ptr.dtype.element_ty
+    rounded, dtype = cos.dtype, out_ptr.dtype.element_ty
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     first = tl.load(x_ptr + head * x_head + column, mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + head * x_head + HALF + column, mask, other=0.0).to(tl.float32)
-    # Every product is rounded to the model dtype before the sum, as separate torch operators do.
-    low = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
-    high = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
+    low = (first * cos).to(rounded).to(tl.float32) - (second * sin).to(rounded).to(tl.float32)
+    high = (second * cos).to(rounded).to(tl.float32) + (first * sin).to(rounded).to(tl.float32)
     tl.store(out_ptr + head * head_dim + column, low.to(dtype), mask)
     tl.store(out_ptr + head * head_dim + HALF + column, high.to(dtype), mask)
     if BLOCK_REST > 0:
@@ -54,8 +57,8 @@ def _rope_kernel(
         position = tl.load(position_ptr + token).to(tl.int64)
         column = tl.arange(0, BLOCK_HALF)[None, :]
         row_ptr = table_ptr + position * table_row + column
-        cos = tl.load(row_ptr, column < HALF, other=0.0).to(tl.float32)
-        sin = tl.load(row_ptr + HALF, column < HALF, other=0.0).to(tl.float32)
+        cos = tl.load(row_ptr, column < HALF, other=0.0)
+        sin = tl.load(row_ptr + HALF, column < HALF, other=0.0)
         if tile < q_tiles:
             _rotate_heads(
                 q_ptr + token * q_token, out_ptr + token * heads * head_dim, cos, sin, tile * HEADS + lane, heads,

@@ -27,6 +27,7 @@ from .convert_stages import (
     run_filter,
     run_generate,
     run_polish,
+    strategy_rows,
 )
 from .threads import settle_threads
 
@@ -160,11 +161,13 @@ def evaluate(
     rows: Annotated[
         list[str] | None, typer.Option("--row", help="strategy[,name=value...], a row of the table; repeatable.")
     ] = None,
+    strategies: Annotated[bool, typer.Option("--strategies", help="Rows of every strategy the model has.")] = False,
     settings: Set = None,
 ) -> None:
     """Measure speed and quality of a converted model against its original."""
     _prepare()
-    options = {"limit": limit, "settings": rows or None} | split_stages(settings, None)[""]
+    more = strategy_rows(model) if strategies else []
+    options = {"limit": limit, "settings": [*(rows or []), *more] or None} | split_stages(settings, None)[""]
     run_evaluate(model, resolve(original), prompts, out, options)
 
 

@@ -57,17 +57,15 @@ def adapt_settings(model: Path, answers: list[str], work: Path, out: Path, optio
 
 
 def run_adapt(settings: AdaptSettings, devices: int | None) -> None:
-    import torch
-
     from linocut.training.adapt import adapt as stage
+    from linocut.training.launch import count_gpus, launch
 
-    work = Path(settings.run)
-    count = min(devices or torch.cuda.device_count(), torch.cuda.device_count())
-    if count > 1 and settings.device in (None, "cuda"):
-        _on_all(settings, work, count)
+    count = count_gpus(settings, devices)
+    if count > 1:
+        launch(settings, count)
     else:
         stage(settings)
-    _plot_training(work)
+    _plot_training(Path(settings.run))
 
 
 def _plot_training(work: Path) -> None:
@@ -79,39 +77,6 @@ def _plot_training(work: Path) -> None:
 
         with contextlib.suppress(ConfigError):  # too short a run for a curve
             plot_training(work / "log.jsonl", work / "training.svg")
-
-
-def _on_all(settings: Any, work: Path, count: int) -> None:
-    """One training process for each of `count` GPUs."""
-    import signal
-    import subprocess
-    import sys
-
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / "given.json"
-    settings.save(file)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    started = subprocess.Popen([*command, "-m", "linocut.training.adapt", str(file)])
-    # The training processes answer both signals with a checkpoint. Ctrl-C reaches their launcher by itself.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: started.terminate())
-    try:
-        status = _wait(started)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if status:
-        raise ConfigError(f"the training processes ended with status {status}: their messages stand above")
-
-
-def _wait(process: Any) -> int:
-    """The status of a process that ends itself after a Ctrl-C; a second one ends it at once."""
-    try:
-        return int(process.wait())
-    except KeyboardInterrupt:
-        try:
-            return int(process.wait())
-        except KeyboardInterrupt:
-            process.kill()
-            raise
 
 
 def is_finished(work: Path) -> bool:
@@ -177,3 +142,10 @@ def run_evaluate(model: Path, original: Path, prompts: list[Path], out: Path, op
         if "keyword argument" not in str(error):
             raise
         raise ConfigError(f"evaluate: {error}") from None
+
+
+def strategy_rows(model: Path) -> list[Any]:
+    """Rows of `evaluate` for every strategy of a model folder."""
+    from linocut.training.evaluate_settings import strategy_settings
+
+    return list(strategy_settings(model))

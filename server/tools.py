@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the `linocut` application."""
     app.command()(bench)
     app.command()(conformance)
+    app.command()(strategies)
     app.add_typer(convert, name="convert")
 
 
@@ -113,3 +114,10 @@ def _integers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise ConfigError(f"{text!r}: write positive numbers with commas between them")
     return numbers
+
+
+def strategies() -> None:
+    """Print every decoding strategy with its parameters, and where it is valid, as Markdown (docs/strategies.md)."""
+    from linocut.engine.decoding.table import strategy_tables
+
+    print(strategy_tables(), end="")

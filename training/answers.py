@@ -89,10 +89,9 @@ def write_shard(path: Path, answers: Sequence[Answer], skipped: Sequence[int], m
     os.replace(partial, path)
 
 
-def read_answers(folder: Path, max_tokens: int | None = None) -> Answers:
-    """All shards of `folder` as one, or the first whole shards that hold `max_tokens` tokens. Raises ConfigError."""
+def read_answers(folder: Path) -> Answers:
+    """All shards of `folder` as one. Raises ConfigError."""
     parts: list[Answers] = []
-    total = 0
     for path in shard_paths(folder):
         try:
             with safe_open(path, "np") as shard:
@@ -102,9 +101,6 @@ def read_answers(folder: Path, max_tokens: int | None = None) -> Answers:
         if part.tokens.shape[0] != part.lengths.sum(dtype=np.int64) or len(part.lengths) != len(part.prompt_lengths):
             raise ConfigError(f"{path} contradicts itself: its lengths do not add up to its tokens")
         parts.append(part)
-        total += len(part.tokens)
-        if max_tokens is not None and total >= max_tokens:
-            break
     if not any(len(part) for part in parts):
         raise ConfigError(f"{folder} holds no answers: `linocut convert generate` makes them")
     return Answers(

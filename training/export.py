@@ -65,14 +65,14 @@ def converted_config(settings: AdaptSettings, config: dict[str, Any]) -> dict[st
     return converted | {"linocut": own}
 
 
-def export(settings: AdaptSettings, trained: dict[str, Tensor], output: Path | None = None) -> Path:
-    """Write the converted folder to `output` (default: settings.output) and return it.
+def export(settings: AdaptSettings, trained: dict[str, Tensor]) -> Path:
+    """Write the converted folder, settings.output, and return it.
 
     trained: master values by name, as in `FlatParameters.masters`. Gated: the base's weight files are copied untouched
     beside adapter.safetensors. Otherwise the trained (or merged) weights are written in the base's own dtype, the mask
     embedding in the row of the mask token. Raises ConfigError or ModelError.
     """
-    base, folder = Path(settings.base), Path(settings.output) if output is None else output
+    base, folder = Path(settings.base), Path(settings.output)
     if folder.resolve() == base.resolve():
         raise ConfigError("the output folder is the base model's own")
     config, _ = read_config(base)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import signal
 import threading
@@ -22,11 +21,12 @@ from typing import Any
 
 from linocut.engine.errors import ConfigError, ModelError
 
-from .answers import Done, next_shard_number, prompts_again, scan_answers
+from .answers import Done, prompts_again, scan_answers
 from .generate_log import GenerateLog
-from .generate_messages import Job, WorkerReport, WorkerTask, answer_temperature
+from .generate_messages import Job, WorkerReport, answer_temperature
 from .generate_processes import GRACE, workers
 from .generate_settings import GenerateSettings
+from .generate_tasks import answer_metadata, worker_tasks
 from .prompts import fraction, read_exclusion, read_prompts
 
 # Prompts handed to a worker at a time: tokenised together while its engine waits.
@@ -107,7 +107,7 @@ class _Run:
 
     def __init__(self, settings: GenerateSettings, model: str, done: Done, log: GenerateLog, began: float) -> None:
         self.settings, self.done, self.log, self.began = settings, done, log, began
-        self.tasks = _tasks(settings, model)
+        self.tasks = worker_tasks(settings, model)
         self.counts: dict[int, Counter[str]] = {}
         self.open = {task.index for task in self.tasks}
         self.failures: list[str] = []
@@ -159,7 +159,7 @@ class _Run:
     def _jobs(self) -> list[Job]:
         """What is still to be answered, in an order that makes any beginning a fair sample."""
         settings, known = self.settings, self.done.keys
-        mixing = _metadata(settings, "")
+        mixing = answer_metadata(settings, "")
         prompts, counts = read_prompts(
             settings.prompts,
             exclusion=read_exclusion(settings.exclude) if settings.exclude else None,
@@ -240,64 +240,6 @@ class _Run:
 
     def _total(self) -> Counter[str]:
         return sum(self.counts.values(), Counter())
-
-
-def _tasks(settings: GenerateSettings, model: str) -> list[WorkerTask]:
-    device = settings.engine.get("device", "auto")
-    devices = _devices(settings) if str(device) in ("auto", "cuda") else []
-    places: list[str | None] = [name for name in devices for _ in range(settings.processes or 6)]
-    if not places:
-        places = [None] * (settings.processes or 1)
-    single = len(places) == 1
-    engine = dict(settings.engine)
-    if devices:
-        engine["device"] = "cuda"
-    running = settings.max_running or (512 if devices else 64)
-    first = next_shard_number(settings.out)
-    return [
-        WorkerTask(
-            index=index,
-            model=str(settings.model),
-            out=settings.out,
-            engine={**engine, "max_running": running},
-            visible_device=None if single else place,
-            share=0.88 / (settings.processes or 6),
-            first_shard=first + index,
-            stride=len(places),
-            metadata=_metadata(settings, model),
-            max_tokens=settings.max_tokens,
-            prompt_limit=settings.prompt_limit,
-            truncated_share=settings.truncated_share,
-            shard_tokens=settings.shard_tokens,
-            seed=settings.seed,
-            exclude=settings.exclude,
-            own_process=not single,
-            diffusion=dict(settings.diffusion),
-        )
-        for index, place in enumerate(places)
-    ]
-
-
-def _devices(settings: GenerateSettings) -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES of the GPUs to use; asks without starting CUDA in this process."""
-    import torch
-
-    count = torch.cuda.device_count()
-    if settings.devices is not None and settings.devices > count:
-        raise ConfigError(f"{settings.devices} devices were asked for, but torch sees {count}")
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    names = visible or [str(index) for index in range(count)]
-    return names[: settings.devices or count]
-
-
-def _metadata(settings: GenerateSettings, model: str) -> dict[str, str]:
-    return {
-        "model": model,
-        "temperature": str(settings.temperature),
-        "sampled_share": str(settings.sampled_share),
-        "max_tokens": str(settings.max_tokens),
-        "seed": str(settings.seed),
-    }
 
 
 def _self_key(seed: int, index: int) -> int:

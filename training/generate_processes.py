@@ -1,17 +1,24 @@
-"""The processes of a generating run: start them, talk to them, end them."""
+"""The processes of a generating run: start them, talk to them, end them; and where each of them begins."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
+import os
 import queue
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .generate_messages import WorkerTask
-from .generate_worker import run_worker
+from linocut.engine.errors import LinocutError, ModelError
+
+from .generate_messages import Flag, Jobs, Reports, WorkerReport, WorkerTask
+from .generate_worker import Worker
+
+log = logging.getLogger("linocut.training")
 
 # After the end is called, workers write what they have; one that takes longer than this is ended.
 GRACE = 60.0
@@ -71,3 +78,59 @@ def _processes(tasks: list[WorkerTask]) -> Iterator[Workers]:
             process.join(GRACE)
             if process.is_alive():
                 process.terminate()
+
+
+def run_worker(task: WorkerTask, jobs: Jobs, reports: Reports, stop: Flag) -> None:
+    """Entry point. Answers jobs until the queue says None or `stop` is set; what is unfinished then is cut.
+
+    Never raises: failures are reported.
+    """
+    terminated = _settle(task) if task.own_process else []
+    try:
+        worker = Worker(task, jobs, reports, _Stop(stop, terminated))
+        worker.report("ready")
+        worker.run()
+        if terminated and not stop.is_set():
+            raise ModelError("the process was told to end")
+        worker.report("done")
+    except Exception as error:
+        text = str(error) if isinstance(error, LinocutError) else f"{type(error).__name__}: {error}"
+        log.debug("worker %d failed", task.index, exc_info=True)
+        reports.put(WorkerReport(task.index, "failed", text))
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """The parent's flag, or a SIGTERM to this process alone.
+
+    The handler does not set the parent's flag: that takes a lock which the interrupted code may hold.
+    """
+
+    flag: Flag
+    terminated: list[int]
+
+    def is_set(self) -> bool:
+        return bool(self.terminated) or self.flag.is_set()
+
+
+def _settle(task: WorkerTask) -> list[int]:
+    """Settings of a process of its own, before CUDA is first touched. Returns a list that a SIGTERM fills."""
+    terminated: list[int] = []
+
+    def terminate(number: int, frame: object) -> None:
+        # What there is is written. A second one, which the parent sends to a process that hangs, ends it.
+        terminated.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, terminate)
+
+    # Ctrl-C reaches the whole process group; the parent decides, and the answers made so far are written.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if task.visible_device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = task.visible_device
+        # Several processes tokenise on these cores, and the device does the rest.
+        os.environ.setdefault("RAYON_NUM_THREADS", "2")
+        import torch
+
+        torch.set_num_threads(1)
+    return terminated

@@ -1,10 +1,8 @@
-"""One generating process: takes prompts from a queue, keeps its engine full, writes shards of answers."""
+"""What a generating process does: takes prompts from a queue, keeps its engine full, writes shards of answers."""
 
 from __future__ import annotations
 
 import gc
-import logging
-import os
 import queue
 import time
 from collections import Counter, deque
@@ -12,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from linocut.engine.errors import LinocutError, ModelError
+from linocut.engine.errors import ModelError
 
-from .answers import Answer, shard_path, write_shard
+from .answers import Answer
+from .generate_kept import KeptAnswers
 from .generate_messages import Flag, Job, Jobs, Reports, WorkerReport, WorkerTask, answer_temperature
 from .looping import is_looping, tail_repeats
 from .prompts import Exclusion, prompt_key, read_exclusion
-
-log = logging.getLogger("linocut.training")
 
 # Tokens between looks at a running answer for a loop. A loop found early frees its place in the batch.
 LOOK = 64
@@ -30,64 +27,6 @@ LEAST = 16
 # Seconds that finished answers are held in memory at most.
 FLUSH = 60.0
 SELF_PROMPT_TOKENS = 256
-
-
-def run_worker(task: WorkerTask, jobs: Jobs, reports: Reports, stop: Flag) -> None:
-    """Entry point. Answers jobs until the queue says None or `stop` is set; what is unfinished then is cut.
-
-    Never raises: failures are reported.
-    """
-    terminated = _settle(task) if task.own_process else []
-    try:
-        worker = Worker(task, jobs, reports, _Stop(stop, terminated))
-        worker.report("ready")
-        worker.run()
-        if terminated and not stop.is_set():
-            raise ModelError("the process was told to end")
-        worker.report("done")
-    except Exception as error:
-        text = str(error) if isinstance(error, LinocutError) else f"{type(error).__name__}: {error}"
-        log.debug("worker %d failed", task.index, exc_info=True)
-        reports.put(WorkerReport(task.index, "failed", text))
-
-
-@dataclass(frozen=True)
-class _Stop:
-    """The parent's flag, or a SIGTERM to this process alone.
-
-    The handler does not set the parent's flag: that takes a lock which the interrupted code may hold.
-    """
-
-    flag: Flag
-    terminated: list[int]
-
-    def is_set(self) -> bool:
-        return bool(self.terminated) or self.flag.is_set()
-
-
-def _settle(task: WorkerTask) -> list[int]:
-    """Settings of a process of its own, before CUDA is first touched. Returns a list that a SIGTERM fills."""
-    import signal
-
-    terminated: list[int] = []
-
-    def terminate(number: int, frame: object) -> None:
-        # What there is is written. A second one, which the parent sends to a process that hangs, ends it.
-        terminated.append(number)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, terminate)
-
-    # Ctrl-C reaches the whole process group; the parent decides, and the answers made so far are written.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if task.visible_device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = task.visible_device
-        # Several processes tokenise on these cores, and the device does the rest.
-        os.environ.setdefault("RAYON_NUM_THREADS", "2")
-        import torch
-
-        torch.set_num_threads(1)
-    return terminated
 
 
 @dataclass
@@ -123,11 +62,8 @@ class Worker:
         self._exclusion: Exclusion | None = None
         self._user_turns: set[int] = set()
         self._name = 0
-        self._shard = task.first_shard
-        self._kept: list[Answer] = []
-        self._skipped: list[int] = []
-        self._held = 0
         self.counts: Counter[str] = Counter()
+        self._kept = KeptAnswers(task, self.counts)
         self._reported = self._flushed = time.monotonic()
 
     def report(self, kind: str, text: str = "") -> None:
@@ -267,17 +203,12 @@ class Worker:
         self._prepare([Job(job.key, messages, answer_temperature(job.key, self.task.metadata))])
 
     def _keep(self, answer: Answer) -> None:
-        self._kept.append(answer)
-        self._held += len(answer.prompt) + len(answer.tokens)
-        self.counts["answers"] += 1
-        self.counts["answer tokens"] += len(answer.tokens)
-        self.counts["truncated"] += not answer.ended
-        if self._held >= self.task.shard_tokens:
+        self._kept.add(answer)
+        if self._kept.tokens >= self.task.shard_tokens:
             self._flush()
 
     def _skip(self, job: Job, why: str) -> None:
-        self._skipped.append(job.key)
-        self.counts[why] += 1
+        self._kept.skip(job.key, why)
 
     def _cut(self) -> None:
         """The end came first: the beginnings of answers are the model's words too."""
@@ -286,41 +217,11 @@ class Worker:
                 self._keep(Answer(running.job.key, running.prompt, running.tokens, False))
 
     def _flush(self, wait: bool = False) -> None:
-        """Write a shard. Truncated answers beyond their share are dropped, or wait for more that end."""
         self._flushed = time.monotonic()
-        ready, rest = self._divide()
-        if not wait:
-            self._drop(rest)
-            rest = []
-        if ready or self._skipped:
-            path = shard_path(self.task.out, self._shard)
-            write_shard(path, ready, self._skipped, self.task.metadata)
-            self._shard += self.task.stride
-            self._kept, self._skipped = rest, []
-            self._held = sum(len(answer.prompt) + len(answer.tokens) for answer in rest)
-            self.report("shard", path.name)
+        if name := self._kept.write(wait):
+            self.report("shard", name)
         if self.task.own_process:
             gc.collect(1)
-
-    def _divide(self) -> tuple[list[Answer], list[Answer]]:
-        """What is held, and of it the latest truncated answers beyond their share of all that this worker has kept."""
-        share, held = self.task.truncated_share, sum(not answer.ended for answer in self._kept)
-        ended, written = self.counts["answers"] - self.counts["truncated"], self.counts["truncated"] - held
-        room = held if share >= 1 else int(ended * share / (1 - share)) - written
-        ready: list[Answer] = []
-        rest: list[Answer] = []
-        for answer in self._kept:
-            room -= not answer.ended
-            (ready if answer.ended or room >= 0 else rest).append(answer)
-        return ready, rest
-
-    def _drop(self, answers: list[Answer]) -> None:
-        for answer in answers:
-            self._skipped.append(answer.key)
-            self.counts["truncated dropped"] += 1
-            self.counts["answers"] -= 1
-            self.counts["truncated"] -= 1
-            self.counts["answer tokens"] -= len(answer.tokens)
 
     def _tell(self) -> None:
         now = time.monotonic()

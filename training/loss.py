@@ -46,23 +46,31 @@ class Teacher(NamedTuple):
     head: Tensor
 
 
-ChunkLoss = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, "Tensor | None"]]
+class Objective(NamedTuple):
+    """What rows learn. target: [rows] int64; weight: [rows]; teacher: of the same rows; weights: of the loss terms."""
+
+    target: Tensor
+    weight: Tensor
+    teacher: Teacher | None
+    weights: LossWeights
+
+    def part(self, rows: slice) -> Objective:
+        """That of some of the rows."""
+        teacher = None if self.teacher is None else self.teacher._replace(hidden=self.teacher.hidden[rows])
+        return Objective(self.target[rows], self.weight[rows], teacher, self.weights)
+
+
+ChunkLoss = Callable[[Tensor, Tensor, Objective, bool], tuple[Tensor, Tensor, Tensor, Tensor, Tensor, "Tensor | None"]]
 
 
 def chunk_loss(
-    hidden: Tensor,
-    head: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    weights: LossWeights,
-    head_gradient: bool,
+    hidden: Tensor, head: Tensor, objective: Objective, head_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Losses of a chunk: weighted sum, ce, kl, correct, and the gradients of the sum for hidden and head.
 
-    hidden: [rows, hidden]; head: [vocab, hidden]; target: [rows] int64; weight: [rows].
+    hidden: [rows, hidden]; head: [vocab, hidden]. The head's gradient is None without `head_gradient`.
     """
+    target, weight, teacher, weights = objective
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = (hidden @ head.T).to(wide)
     logp = logits - logits.logsumexp(-1, keepdim=True)
@@ -72,8 +80,8 @@ def chunk_loss(
     is_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
     loss, gradient = weights.ce * ce, weights.ce * (p - is_target.to(wide))
     kl = torch.zeros_like(ce)
-    if teacher_hidden is not None and teacher_head is not None:
-        log_q = (teacher_hidden @ teacher_head.T).to(wide).log_softmax(-1)
+    if teacher is not None:
+        log_q = (teacher.hidden @ teacher.head.T).to(wide).log_softmax(-1)
         q = log_q.exp()
         kl = (q * (log_q - logp)).sum(-1)
         loss, gradient = loss + weights.kl * kl, gradient + weights.kl * (p - q)
@@ -102,23 +110,15 @@ class HeadLoss:
         self._chunk = chunk
         self._run: ChunkLoss = torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        head: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        teacher: Teacher | None,
-        weights: LossWeights,
-    ) -> tuple[Tensor, RowLosses]:
+    def __call__(self, hidden: Tensor, head: Tensor, objective: Objective) -> tuple[Tensor, RowLosses]:
         """Weighted sum of the rows' losses (differentiable in hidden and head) and what each row lost.
 
-        hidden: [rows, hidden], final-normed; head: [vocab, hidden]; target: [rows] int64; weight: [rows].
+        hidden: [rows, hidden], final-normed; head: [vocab, hidden].
         """
+        if not objective.weights.needs_teacher:
+            objective = objective._replace(teacher=None)
         chunk = chunk_length(len(hidden), self._chunk)
-        loss, *parts = _Fused.apply(  # type: ignore[no-untyped-call]
-            hidden, head, target, weight, teacher, weights, chunk, self._run
-        )
+        loss, *parts = _Fused.apply(hidden, head, objective, chunk, self._run)  # type: ignore[no-untyped-call]
         return loss, RowLosses(*parts)
 
 
@@ -130,18 +130,9 @@ def chunk_length(rows: int, longest: int) -> int:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        teacher: Teacher | None,
-        weights: LossWeights,
-        chunk: int,
-        run: ChunkLoss,
+        ctx: Any, hidden: Tensor, head: Tensor, objective: Objective, chunk: int, run: ChunkLoss
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        teacher = teacher if weights.needs_teacher else None
         gradient = torch.empty_like(hidden) if wants_hidden else None
         head_gradient: Tensor | None = None
         totals, ces, kls, corrects = [], [], [], []
@@ -149,14 +140,7 @@ class _Fused(torch.autograd.Function):
         for begin in range(0, len(hidden), chunk):
             part = slice(begin, begin + chunk)
             total, ce, kl, correct, slope, head_part = run(
-                hidden[part].detach(),
-                frozen_head,
-                target[part],
-                weight[part],
-                None if teacher is None else teacher.hidden[part],
-                None if teacher is None else teacher.head,
-                weights,
-                wants_head,
+                hidden[part].detach(), frozen_head, objective.part(part), wants_head
             )
             if gradient is not None:
                 gradient[part] = slope
@@ -180,4 +164,4 @@ class _Fused(torch.autograd.Function):
             gradient = gradient * scale.to(gradient.dtype)
         if head_gradient is not None:
             head_gradient = (head_gradient * scale).to(ctx.head_dtype)
-        return (gradient, head_gradient, *[None] * 6)
+        return (gradient, head_gradient, None, None, None)

@@ -14,7 +14,7 @@ from .adapter import DRAFT_INPUT, DRAFT_OUTPUT, MASK_EMBEDDING, draft_hidden, la
 from .attention import Mask, MaskBuffers
 from .backbone import NO_ADAPTER, DecoderWeights, LayerAdapter, RotaryTable, rms_norm, run_layer
 from .documents import Rows
-from .loss import HeadLoss, LossWeights, RowLosses, Teacher
+from .loss import HeadLoss, LossWeights, Objective, RowLosses, Teacher
 from .segments import Segments, clean_targets, clean_visibility
 from .settings import AdaptSettings
 
@@ -145,23 +145,22 @@ class Network:
         teacher = None
         if teacher_clean is not None and weights.needs_teacher:
             teacher = Teacher(teacher_clean.flatten(0, 1)[before], self.decoder.head)
-        share = weight / counts.noisy
+        objective = Objective(target, weight / counts.noisy, teacher, weights)
         head = self._student.head
-        loss, noisy = self._head_loss(hidden, head, target, share, teacher, weights)
+        loss, noisy = self._head_loss(hidden, head, objective)
         draft = None
         if s.draft_head:
             previous = F.embedding(tokens[before], self.decoder.embedding)
             drafted = self._draft(hidden, previous, self.tensors[DRAFT_INPUT], self.tensors[DRAFT_OUTPUT])
-            more, draft = self._head_loss(drafted, head.detach(), target, share, teacher, weights)
+            more, draft = self._head_loss(drafted, head.detach(), objective)
             loss = loss + more
         clean_losses = None
         if batch.clean_weight is not None and teacher_clean is not None:
             following = rows.tokens.roll(-1, dims=1).flatten()
             frozen = Teacher(teacher_clean.flatten(0, 1), self.decoder.head)
             clean_share = batch.clean_weight.flatten() / counts.clean
-            more, clean_losses = self._head_loss(
-                clean.flatten(0, 1), head, following, clean_share * s.ar, frozen, LossWeights(ce=0.0, kl=1.0)
-            )
+            autoregressive = Objective(following, clean_share * s.ar, frozen, LossWeights(ce=0.0, kl=1.0))
+            more, clean_losses = self._head_loss(clean.flatten(0, 1), head, autoregressive)
             loss = loss + more
         return Output(loss, noisy, draft, clean_losses, weight, offset)
 
@@ -172,7 +171,7 @@ def make_batch(
     segments: Segments,
     block: int,
     partial: bool,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
 ) -> Batch:
     """Put a batch together; draws the rows that pass the head where settings.loss_share is below 1."""
     chosen = None

@@ -43,17 +43,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def series(log: Iterable[Mapping[str, Any]], kind: str = "train", x: str = "tokens") -> Series:
-    """name -> (x, values) of every number in the entries of a `kind` (none said is "train"), x in millions, ascending.
+def series(log: Iterable[Mapping[str, Any]], kind: str = "train") -> Series:
+    """name -> (millions of tokens, values) of every number in entries of a `kind` (none said is "train"), ascending.
 
-    Lists give "name 1", "name 2", ..., objects "name key". Entries without `x` are left out.
+    Lists give "name 1", "name 2", ..., objects "name key". Entries without tokens are left out.
     """
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for entry in log:
-        if isinstance(entry.get(x), (int, float)) and entry.get("kind", "train") == kind:
+        if isinstance(entry.get("tokens"), (int, float)) and entry.get("kind", "train") == kind:
             for name, value in entry.items():
                 for label, number in _numbers(name, value):
-                    found[label].append((entry[x] / 1e6, number))
+                    found[label].append((entry["tokens"] / 1e6, number))
     sorted_by_x = {name: sorted(points, key=lambda point: point[0]) for name, points in found.items()}
     return {name: ([x for x, _ in points], [y for _, y in points]) for name, points in sorted_by_x.items()}
 

@@ -12,9 +12,7 @@ the next round needs it), round.json when it is complete. The same command goes 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -27,11 +25,13 @@ from safetensors import SafetensorError, safe_open
 from linocut.engine.errors import ConfigError, ModelError
 from linocut.engine.loading import read_config
 
+from .adapt import adapt
 from .adapter import DRAFT_PREFIX
 from .answers import Answer, read_answers, scan_answers, shard_path, shard_paths, write_shard
 from .export import ADAPTER_FILE
 from .generate import SUMMARY, generate, read_summary
 from .generate_settings import GenerateSettings
+from .launch import count_gpus, launch
 from .polish_settings import PolishSettings
 from .prompts import expand
 from .settings import AdaptSettings, load_settings, settings_from_dict
@@ -225,23 +225,10 @@ def _read_shape(settings: PolishSettings) -> tuple[dict[str, Any], Path]:
 
 def _adapt(settings: AdaptSettings, devices: int | None) -> None:
     """Run the adapt stage: on GPUs in processes of their own, which leave the memory to the next roll-out."""
-    import torch
-
-    count = min(devices or torch.cuda.device_count(), torch.cuda.device_count())
-    if count == 0 or settings.device not in (None, "cuda"):
-        from .adapt import adapt
-
+    if count := count_gpus(settings, devices):
+        launch(settings, count)
+    else:
         adapt(settings)
-        return
-    folder = Path(settings.run)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "given.json"
-    settings.save(file)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    command = [sys.executable, *launcher, "-m", "linocut.training.adapt", str(file)]
-    result = subprocess.run(command, check=False, env={"OMP_NUM_THREADS": "4", **os.environ})
-    if result.returncode:
-        raise ModelError(f"training ended with status {result.returncode}: its messages stand above")
 
 
 def _copy_model(model: Path, output: Path) -> None:

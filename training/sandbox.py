@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 
+_MEMORY = 1 << 30  # bytes of the child's address space
+
 # Runs first in the child. Its first input line is a word that only a program which ran to its end says.
 _PROLOGUE = r"""
 import _imp, _signal, os, posix, resource, sys
@@ -147,15 +149,15 @@ main()
 """
 
 
-def passes(program: str, *, seconds: float = 6.0, memory: int = 1 << 30) -> bool:
+def passes(program: str, *, seconds: float = 6.0) -> bool:
     """Whether `program` (Python source) runs to its end without an error.
 
-    seconds: of processor time; after half as many more on the clock, and one, it is killed. memory: bytes of address
-    space. The program is Python's standard library only.
+    seconds: of processor time; after half as many more on the clock, and one, it is killed. It has a gigabyte of
+    address space, and Python's standard library only.
     """
     word = secrets.token_hex(16).encode()
     command = [sys.executable, *("-P", "-s", "-S", "-B", "-X", "utf8", "-c"), _PROLOGUE]
-    command += [str(max(1, round(seconds))), str(memory)]
+    command += [str(max(1, round(seconds))), str(_MEMORY)]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as source:
         os.chmod(folder, 0o555)
         source.write(word + b"\n" + program.encode(errors="surrogatepass"))

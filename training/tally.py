@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from .loss import RowLosses
+from .network import Batch, Output
+from .segments import clean_visibility
+from .settings import Context
 
 OFFSETS = 8  # of a row in its segment; later ones count with the last
 _SUMS = ("count", "correct", "ce", "kl", "draft_count", "draft_correct", "draft_ce")
@@ -24,6 +27,20 @@ class Tally:
     def clear(self) -> None:
         self.by_offset.zero_()
         self.scalars.zero_()
+
+    def add_batch(self, batch: Batch, output: Output, context: Context) -> None:
+        """Count a micro-batch: what its rows lost, and the pairs of a query and a key it sees."""
+        self.add_rows(output.noisy, output.weight, output.offset, batch.partial)
+        if output.draft is not None:
+            self.add_rows(output.draft, output.weight, output.offset, batch.partial, draft=True)
+        if output.clean is not None and batch.clean_weight is not None:
+            counted = (batch.clean_weight.flatten() > 0).float()
+            self.add("ar_count", counted.sum(), batch.partial)
+            self.add("ar_kl", (output.clean.kl * counted).sum(), batch.partial)
+        v = batch.segments.visibility
+        self.add("noisy_pairs", (v.context_end - v.context_start + v.own_end - v.own_start).sum())
+        c = clean_visibility(batch.rows, context, batch.block)
+        self.add("clean_pairs", (c.context_end - c.context_start).sum())
 
     def add_rows(self, losses: RowLosses, weight: Tensor, offset: Tensor, partial: bool, draft: bool = False) -> None:
         """Count rows with a weight above 0: losses, weight, offset are [rows] each."""

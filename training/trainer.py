@@ -1,4 +1,4 @@
-"""The training loop: batches, updates, schedule, checkpoints, held-out evaluation."""
+"""The training loop: batches, updates, schedule, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from linocut.engine.errors import ConfigError
 from linocut.engine.loading import read_config
@@ -17,16 +16,17 @@ from linocut.engine.loading import read_config
 from .adapter import save_adapter
 from .backbone import load_decoder
 from .checkpoint import Progress, identity, load_checkpoint, save_checkpoint
-from .documents import Documents, Epochs, gather_rows, load_documents, pack_rows, split_held_out
+from .documents import Documents, Epochs, gather_rows, load_documents, split_held_out
 from .export import ADAPTER_FILE, converted_config, export
 from .flat import FlatParameters
 from .flops import attention_flops, batch_flops
+from .held_out import HeldOut
 from .journal import Journal
 from .loss import LossWeights
-from .network import Batch, Counts, Network, Output, count_weights, make_batch
+from .network import Batch, Counts, Network, count_weights, make_batch
 from .processes import Processes
 from .schedule import learning_rate_share
-from .segments import Noise, clean_visibility, draw_noise, draw_segments
+from .segments import Noise, draw_noise, draw_segments
 from .settings import AdaptSettings
 from .tally import Tally
 from .trainables import initial_tensors
@@ -61,7 +61,7 @@ class Trainer:
             raise ConfigError("there are no documents to train on")
         self.documents = documents.to(self.device)
         self.epochs = Epochs(documents, train, s.length, s.seed, self.device)
-        self._held_out = self._hold_out(documents, held_out)
+        self.held_out = HeldOut(s, self.documents, held_out, self.processes)
         self.weights = LossWeights(s.ce, s.kl, s.tv, s.certainty, s.certainty_temperature)
         self.tally = Tally(self.device)
         self.progress = Progress()
@@ -77,16 +77,6 @@ class Trainer:
             {"params": [parameter], "lr": rates[group], "peak": rates[group], "weight_decay": decay}
             for group, parameter in self.flat.parameters.items()
         ]
-
-    def _hold_out(self, documents: Documents, numbers: Any) -> list[Tensor]:
-        """Packed held-out documents in batches of the training shape, [rows, documents] each."""
-        if not len(numbers):
-            return []
-        s = self.settings
-        packed = torch.from_numpy(pack_rows(documents.lengths.cpu().numpy(), numbers, s.length, seed=1))
-        missing = -len(packed) % s.rows
-        padding = torch.full((missing, packed.shape[1]), -1, dtype=packed.dtype)
-        return list(torch.cat([packed, padding]).to(self.device).split(s.rows))
 
     # ---- one update
 
@@ -134,49 +124,15 @@ class Trainer:
             output = self.network.forward(batch, counts, self.weights)
             output.loss.backward()
             self.flat.gather()
-            self._count(self.tally, batch, output)
+            self.tally.add_batch(batch, output, self.settings.context)
             self._loss += output.loss.detach()
         self.processes.add(self.flat.gradient)
 
-    def _count(self, tally: Tally, batch: Batch, output: Output) -> None:
-        tally.add_rows(output.noisy, output.weight, output.offset, batch.partial)
-        if output.draft is not None:
-            tally.add_rows(output.draft, output.weight, output.offset, batch.partial, draft=True)
-        if output.clean is not None and batch.clean_weight is not None:
-            counted = (batch.clean_weight.flatten() > 0).float()
-            tally.add("ar_count", counted.sum(), batch.partial)
-            tally.add("ar_kl", (output.clean.kl * counted).sum(), batch.partial)
-        v = batch.segments.visibility
-        tally.add("noisy_pairs", (v.context_end - v.context_start + v.own_end - v.own_start).sum())
-        c = clean_visibility(batch.rows, self.settings.context, batch.block)
-        tally.add("clean_pairs", (c.context_end - c.context_start).sum())
-
     # ---- evaluation
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Cross-entropy and accuracy by offset on the held-out documents, always with the same noise."""
-        s, tally = self.settings, Tally(self.device)
-        longest = max(s.segments)
-        one = torch.ones((), device=self.device)
-        for partial in (False, True):
-            for number, members in enumerate(self._held_out):
-                if number % self.processes.world != self.processes.rank:
-                    continue
-                rows = gather_rows(self.documents, members, s.length)
-                generator = torch.Generator(self.device).manual_seed(number)
-                segments = draw_segments(rows, Noise(longest, partial), s, generator)
-                batch = make_batch(s, rows, segments, longest, partial, generator)
-                output = self.network.forward(batch, Counts(one, one), self.weights, everything=True)
-                self._count(tally, batch, output)
-                if not partial:
-                    shape = segments.weight.shape
-                    tally.add_runs(output.noisy.correct.view(shape), segments.weight, longest)
-                    if output.draft is not None:
-                        tally.add_runs(output.draft.correct.view(shape), segments.weight, longest, draft=True)
-        self.processes.add(tally.by_offset)
-        self.processes.add(tally.scalars)
-        return tally.read()
+        """Losses and accuracies on the held-out documents, as for a record of the log."""
+        return self.held_out.evaluate(self.network, self.weights)
 
     # ---- the run
 

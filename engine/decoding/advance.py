@@ -122,7 +122,8 @@ def advance(
             # A chunk leaves the row that opens to the step that asks it.
             done = torch.where(whole, done, torch.minimum(done, span.clean_end - 1))
         final_len = torch.maximum(view.final_len, done)
-        if decision.settled is not None:
+        # Where a clean forward has to say what the next block begins with, there is one in any case.
+        if decision.settled is not None and not traits.commit_seeds:
             final_len = torch.where(moved & decision.settled, start, final_len)
         refined = (whole & ~span.seeding).int()
         steps = refined if decision.steps is None else refined * decision.steps

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ModelError
-from ..family import BACKBONE_OF_MODEL_TYPE
+from ..family import BACKBONE_OF_MODEL_TYPE, model_type_of
 from .experts import Experts, experts_from_config
 from .names import Layout
+
+LAYOUTS: dict[str, Layout] = {"llada": "olmo", "llada2": "llada2", "ministral3": "encoder"}
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Shape and layer details of a Llama, Qwen2 or Qwen3 transformer, or of one that differs in names alone.
+    """Shape and layer details of a Llama, Qwen2, Qwen3 or Ministral 3 transformer, or of one with other names.
 
     qkv_bias, o_bias, mlp_bias: linear layers with a bias. qk_norm: RMSNorm per head on queries and keys before RoPE.
     names: how the checkpoint names its tensors (`names.py`). rotary_dim: leading dimensions of a head that rotate;
-    None: all. experts: where layers have experts for an MLP.
+    None: all. rope_float32: queries and keys rotate in float32 whatever the model's dtype. query_scaling: (beta, n) if a
+    query at position p is multiplied by 1 + beta * ln(1 + p // n), as Llama 4's. experts: where layers have experts for
+    an MLP.
     """
 
     layers: int
@@ -39,6 +43,8 @@ class Backbone:
     dtype: str  # of the checkpoint, torch's name
     names: Layout = "llama"
     rotary_dim: int | None = None
+    rope_float32: bool = False
+    query_scaling: tuple[float, int] | None = None
     experts: Experts | None = None
 
     @property
@@ -61,8 +67,7 @@ class Backbone:
 
 def backbone_from_config(config: dict[str, Any]) -> Backbone:
     """Read a config.json. Raises ModelError for what is missing or not supported."""
-    model_type = str(config.get("model_type", "")).lower()
-    kind = BACKBONE_OF_MODEL_TYPE.get(model_type)
+    kind = BACKBONE_OF_MODEL_TYPE.get(model_type_of(config))
     if kind is None:
         raise ModelError(f"model_type {config.get('model_type')!r} is not supported")
     if kind == "llada":
@@ -77,6 +82,7 @@ def backbone_from_config(config: dict[str, Any]) -> Backbone:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope_float32 = bool(config.get("rope_full_precision", False))
     if config.get("clip_qkv") is not None:
         raise ModelError("clip_qkv is not supported")
     try:
@@ -90,7 +96,7 @@ def backbone_from_config(config: dict[str, Any]) -> Backbone:
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=head_dim,
-            intermediate=int(config["intermediate_size"]),
+            intermediate=_dense_intermediate(kind, config),
             vocab=int(config["vocab_size"]),
             max_positions=int(config.get("max_position_embeddings", 2048)),
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
@@ -102,14 +108,29 @@ def backbone_from_config(config: dict[str, Any]) -> Backbone:
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=_has_qk_norm(kind, config),
             dtype=str(config.get("torch_dtype") or config.get("dtype") or "float32").removeprefix("torch."),
-            names={"llada": "olmo", "llada2": "llada2"}.get(kind, "llama"),  # type: ignore[arg-type]
+            names=LAYOUTS.get(kind, "llama"),
             rotary_dim=None if partial == 1.0 else int(head_dim * partial),
+            rope_float32=rope_float32,
+            query_scaling=_query_scaling(kind, rope),
             experts=experts_from_config(kind, config),
         )
     except KeyError as error:
         raise ModelError(f"config.json lacks {error.args[0]!r}") from None
     except (TypeError, ValueError) as error:
         raise ModelError(f"config.json holds a size that is no number: {error}") from None
+
+
+def _dense_intermediate(kind: str, config: dict[str, Any]) -> int:
+    """Width of the layers without experts; LLaDA-MoE has another name for it, and its checkpoints no such layer."""
+    if kind != "olmoe":
+        return int(config["intermediate_size"])
+    return int(config["dense_intermediate_size"]) if 0 in (config.get("moe_layer_freq") or ()) else 0
+
+
+def _query_scaling(kind: str, rope: dict[str, Any]) -> tuple[float, int] | None:
+    if kind != "ministral3" or not rope.get("llama_4_scaling_beta"):
+        return None
+    return float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"])
 
 
 def _has_qk_norm(kind: str, config: dict[str, Any]) -> bool:
@@ -131,13 +152,25 @@ def _from_olmo(config: dict[str, Any]) -> dict[str, Any]:
         "rope": True,
         "alibi": False,
         "activation_type": "silu",
+        "block_group_size": 1,
+        "layer_norm_with_affine": True,
     }
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise ModelError(f"{name} {config[name]!r} is not supported ({value} is)")
-    for name in ("input_emb_norm", "attention_layer_norm", "scale_logits", "include_bias", "bias_for_layer_norm"):
+    unused = (
+        "input_emb_norm",
+        "attention_layer_norm",
+        "scale_logits",
+        "include_bias",
+        "bias_for_layer_norm",
+        "clip_qkv",
+    )
+    for name in unused:
         if config.get(name):
             raise ModelError(f"{name} is not supported")
+    if config.get("multi_query_attention") and config.get("n_kv_heads") != 1:
+        raise ModelError("multi_query_attention without n_kv_heads 1 is not supported")
     try:
         heads = config["n_heads"]
         return {
@@ -150,6 +183,7 @@ def _from_olmo(config: dict[str, Any]) -> dict[str, Any]:
             "max_position_embeddings": config.get("max_sequence_length", 4096),
             "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
             "rope_theta": config.get("rope_theta", 10000.0),
+            "rope_full_precision": config.get("rope_full_precision", True),
             "attention_bias": bool(config.get("include_qkv_bias")),
             "tie_word_embeddings": bool(config.get("weight_tying")),
             "torch_dtype": config.get("torch_dtype", "bfloat16"),

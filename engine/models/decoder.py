@@ -1,4 +1,4 @@
-"""The decoder-only transformer of Llama, Qwen2 and Qwen3, over a paged K/V cache."""
+"""The decoder-only transformer of Llama and its relatives (`Backbone`), over a paged K/V cache."""
 
 from __future__ import annotations
 
@@ -100,13 +100,19 @@ class Decoder:
         if b.heads % b.kv_heads:
             raise ModelError(f"{b.heads} attention heads cannot share {b.kv_heads} key-value heads evenly")
         try:
+            precision = torch.float32 if b.rope_float32 else dtype
             self.rope = rope_table(
-                positions, b.head_dim, b.rope_theta, dtype, device, rotary_dim=b.rotary_dim, scaling=b.rope_scaling
+                positions, b.head_dim, b.rope_theta, precision, device, rotary_dim=b.rotary_dim, scaling=b.rope_scaling
             )
         except KeyError as error:
             raise ModelError(f"config.json's rope_scaling lacks {error.args[0]!r}") from None
         except ValueError as error:
             raise ModelError(str(error)) from None
+        self.query_scale: Tensor | None = None  # [positions, 1, 1], where it is ever more than one
+        if b.query_scaling is not None and positions > b.query_scaling[1]:
+            beta, period = b.query_scaling
+            turns = torch.arange(positions, device=device) // period
+            self.query_scale = (1 + beta * torch.log1p(turns.float())).to(dtype)[:, None, None]
         weights = NamedWeights(weights, b)
         self.embedding = weights.get("model.embed_tokens.weight", (b.vocab, b.hidden))
         self.norm = weights.get("model.norm.weight", (b.hidden,))
@@ -188,6 +194,8 @@ class Decoder:
                 k = rms_norm(k, layer.k_norm, b.norm_eps, self.fused_norm, backend=self.backend)
             keys, values = cache.keys[index], cache.values[index]
             q = rope_and_cache_write(q, k, v, self.rope, positions, slots, keys, values, backend=self.backend)
+            if self.query_scale is not None:
+                q = q * self.query_scale.index_select(0, positions)
             attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend)
             attended = attended.reshape(attended.shape[0], -1)
             x = _adapted(layer.output(attended), attended, adapters and adapters.output, gate)

@@ -39,13 +39,11 @@ class Experts:
 def experts_from_config(kind: str, config: dict[str, Any]) -> Experts | None:
     """None for a backbone without experts. Raises ModelError for a router that is not known; KeyError, TypeError or
     ValueError for sizes that are missing or no numbers."""
-    if not config.get("num_experts"):
+    # transformers 5 writes `num_local_experts`.
+    count = int(config.get("num_experts") or config.get("num_local_experts") or 0)
+    if not count:
         return None
-    layers, count, active = (
-        int(config["num_hidden_layers"]),
-        int(config["num_experts"]),
-        int(config["num_experts_per_tok"]),
-    )
+    layers, active = int(config["num_hidden_layers"]), int(config["num_experts_per_tok"])
     intermediate = int(
         config.get("moe_intermediate_size") or config.get("expert_intermediate_size") or config["intermediate_size"]
     )

@@ -1,14 +1,12 @@
-"""A mixture of experts in place of an MLP: routing, and each token through its experts."""
+"""A mixture of experts in place of an MLP: each token through its experts, and through those that all tokens share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from linocut.kernels.backend import Backend
 from linocut.kernels.norm import silu_and_mul
@@ -16,54 +14,16 @@ from linocut.kernels.norm import silu_and_mul
 from .adapter import Weights
 from .experts import Experts
 from .linear import pack_linear
+from .router import Router
 
 Linear = Callable[[Tensor], Tensor]
 
 
-@dataclass
-class Router:
-    """Which experts a token goes to, and with what weight."""
-
-    linear: Linear  # [tokens, hidden] float32 -> [tokens, experts]
-    bias: Tensor | None  # [experts] float32
-    config: Experts
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [tokens, hidden]. Returns experts [tokens, active] int64 and weights [tokens, active] float32.
-
-        In float32, whatever the model's dtype: a rounded score sends a token elsewhere. Each token by itself; on equal
-        scores the lowest expert first. Qwen3-MoE: softmax over all, the best, renormalised. LLaDA2: sigmoid, a bias for
-        choosing, experts of the groups whose two best sum highest, weights without the bias. LLaDA-MoE: softmax, not
-        renormalised, a bias that counts.
-        """
-        c = self.config
-        logits = self.linear(x.float())
-        scores = logits.sigmoid() if c.score == "sigmoid" else logits.softmax(-1)
-        ranked = scores
-        if self.bias is not None:
-            ranked = scores + self.bias
-            if c.expert_bias == "weight":
-                scores = ranked
-        if c.groups > 1:
-            ranked = ranked.masked_fill(~self._in_best_groups(ranked), -torch.inf)
-        experts = torch.sort(ranked, dim=1, descending=True, stable=True).indices[:, : c.active]
-        weights = scores.gather(1, experts)
-        if c.normalise:
-            weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if c.score == "sigmoid" else 0.0))
-        return experts, weights * c.scale
-
-    def _in_best_groups(self, scores: Tensor) -> Tensor:
-        """[tokens, experts] bool"""
-        c = self.config
-        grouped = scores.view(-1, c.groups, c.count // c.groups)
-        of_group = grouped.topk(2, dim=-1).values.sum(-1)
-        best = torch.sort(of_group, dim=1, descending=True, stable=True).indices[:, : c.active_groups]
-        chosen = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, best, True)
-        return chosen[:, :, None].expand_as(grouped).reshape(scores.shape)
-
-
 class MoeMlp:
-    """down(silu(gate(x)) * up(x)) of each token's experts, weighted and summed in float32, plus the shared experts."""
+    """down(silu(gate(x)) * up(x)) of each token's experts, weighted and summed in float32, plus the shared experts.
+
+    On the CPU a token's result is its own, bit for bit, wherever `pack_linear` says so of a row (float32 and int8).
+    """
 
     def __init__(
         self,
@@ -75,7 +35,7 @@ class MoeMlp:
         backend: Backend,
     ) -> None:
         """at: the layer's prefix of tensor names, "model.layers.0.mlp."."""
-        self._config, self._backend = config, backend
+        self._backend = backend
         gate = weights.get(f"{at}gate.weight", (config.count, hidden)).float()
         bias = weights.get(f"{at}gate.expert_bias", (config.count,)).float() if config.expert_bias != "none" else None
         self.router = Router(pack_linear(gate, None, "none"), bias, config)
@@ -86,76 +46,99 @@ class MoeMlp:
         def down(name: str, width: int) -> Tensor:
             return weights.get(f"{at}{name}down_proj.weight", (hidden, width))
 
-        width, shared = config.intermediate, config.shared_intermediate
+        shared = config.shared_intermediate
         self._shared: tuple[Linear, Linear] | None = None
         if shared:
             name = "shared_experts." if f"{at}shared_experts.gate_proj.weight" in weights else "shared_expert."
             up, out = gate_up(name, shared), down(name, shared)
             self._shared = pack_linear(up, None, quantization), pack_linear(out, None, quantization)
-        ups = [gate_up(f"experts.{index}.", width) for index in range(config.count)]
-        downs = [down(f"experts.{index}.", width) for index in range(config.count)]
-        self._experts: list[tuple[Linear, Linear]] = []
+        width = config.intermediate
+        ups = (gate_up(f"experts.{index}.", width) for index in range(config.count))
+        downs = (down(f"experts.{index}.", width) for index in range(config.count))
+        self._experts: PackedExperts | GroupedExperts
         if gate.device.type == "cpu":
-            self._experts = [
-                (pack_linear(up, None, quantization), pack_linear(out, None, quantization))
-                for up, out in zip(ups, downs, strict=True)
-            ]
+            self._experts = PackedExperts(
+                [pack_linear(up, None, quantization) for up in ups],
+                [pack_linear(out, None, quantization) for out in downs],
+                backend,
+            )
         else:
-            # [experts, in, out], column-major in the last two, as the grouped product takes them.
-            self._ups = torch.stack(ups).transpose(1, 2)
-            self._downs = torch.stack(downs).transpose(1, 2)
+            self._experts = GroupedExperts(torch.stack(list(ups)), torch.stack(list(downs)), backend)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]"""
         experts, weights = self.router(x)
-        routed = self._one_by_one(x, experts, weights) if self._experts else self._grouped(x, experts, weights)
-        y = routed.to(x.dtype)
+        y = self._experts(x, experts, weights).to(x.dtype)
         if self._shared is not None:
             up, down = self._shared
             y = y + down(silu_and_mul(up(x), backend=self._backend))
         return y
 
-    def _one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """On the CPU, where reading which experts are wanted costs nothing: one product for each of these.
 
-        Every place of a token's choice is summed by itself and in the same order, whatever else the batch holds.
+class PackedExperts:
+    """For the CPU, where reading which experts are wanted costs nothing: one product for each of these."""
+
+    def __init__(self, ups: list[Linear], downs: list[Linear], backend: Backend) -> None:
+        """Of each expert: ups, hidden -> gate and up side by side; downs, intermediate -> hidden."""
+        self._ups, self._downs, self._backend = ups, downs, backend
+
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x: [tokens, hidden]; experts, weights: [tokens, active]. Returns [tokens, hidden] float32.
+
+        Every place of a token's choice is computed by itself, and they are summed in the same order whatever else the
+        batch holds.
         """
         parts = x.new_zeros((*experts.shape, x.shape[1]), dtype=torch.float32)  # [tokens, active, hidden]
         for index in experts.unique().tolist():
             token, place = (experts == index).nonzero(as_tuple=True)
-            up, down = self._experts[index]
-            y = down(silu_and_mul(up(x[token]), backend=self._backend))
+            y = self._downs[index](silu_and_mul(self._ups[index](x[token]), backend=self._backend))
             parts[token, place] = y.float() * weights[token, place, None]
         return parts.sum(1)
 
-    def _grouped(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Tokens sorted by expert, then one grouped product for all; nothing waits for the device."""
+
+class GroupedExperts:
+    """For the GPU: tokens sorted by expert, then one grouped product for all. Shapes are those of the batch, and
+    nothing waits for the device, so that a CUDA graph can hold it."""
+
+    def __init__(self, ups: Tensor, downs: Tensor, backend: Backend) -> None:
+        """ups: [experts, 2 * intermediate, hidden], gate before up; downs: [experts, hidden, intermediate]."""
+        # [experts, in, out], column-major in the last two, as the grouped product takes them.
+        self._ups, self._downs, self._backend = ups.transpose(1, 2), downs.transpose(1, 2), backend
+        self._fused = _has_grouped_product(ups) and _has_grouped_product(downs)
+
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x: [tokens, hidden]; experts, weights: [tokens, active]. Returns [tokens, hidden] float32."""
         tokens, active = experts.shape
         flat = experts.flatten()
         order = torch.sort(flat, stable=True).indices
-        counts = torch.zeros(self._config.count, dtype=torch.int32, device=x.device)
+        counts = torch.zeros(self._ups.shape[0], dtype=torch.int32, device=x.device)
         counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-        ends = counts.cumsum(0, dtype=torch.int32)
-        rows = x[order // active]
-        h = _product(rows, self._ups, ends)
-        gate, up = h.chunk(2, dim=-1)
-        y = _product((silu(gate) * up).to(x.dtype), self._downs, ends)
+        ends = counts.cumsum(0, dtype=torch.int32)  # where each expert's rows end
+        h = self._product(x[order // active], self._ups, ends)
+        y = self._product(silu_and_mul(h, backend=self._backend), self._downs, ends)
         placed = torch.empty_like(y).index_copy_(0, order, y).view(tokens, active, -1)
         return (placed.float() * weights[..., None]).sum(1)
 
-
-def _product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """rows [n, in], sorted by expert, times weights [experts, in, out]. ends: [experts] int32, where its rows end.
-
-    torch's grouped product takes bfloat16; other dtypes run every expert over all rows, which is right and slow.
-    """
-    if rows.dtype == torch.bfloat16:
-        y: Tensor = torch._grouped_mm(rows, weights, offs=ends)
+    def _product(self, rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        """rows [n, in], sorted by expert, times matrices [experts, in, out]."""
+        if self._fused:
+            y: Tensor = torch._grouped_mm(rows, matrices, offs=ends)
+            return y
+        # Right, and slow: every expert over all rows.
+        index = torch.arange(rows.shape[0], device=rows.device)
+        first = torch.cat([ends.new_zeros(1), ends[:-1]])
+        y = rows.new_zeros((rows.shape[0], matrices.shape[2]))
+        for expert in range(matrices.shape[0]):
+            mine = (index >= first[expert]) & (index < ends[expert])
+            y = torch.where(mine[:, None], rows @ matrices[expert], y)
         return y
-    index = torch.arange(rows.shape[0], device=rows.device)
-    first = torch.cat([ends.new_zeros(1), ends[:-1]])
-    y = rows.new_zeros((rows.shape[0], weights.shape[2]))
-    for expert in range(weights.shape[0]):
-        mine = (index >= first[expert]) & (index < ends[expert])
-        y = torch.where(mine[:, None], rows @ weights[expert], y)
-    return y
+
+
+def _has_grouped_product(weight: Tensor) -> bool:
+    """Whether torch's grouped product takes `weight` without waiting for the device.
+
+    That is bfloat16 from Hopper on, rows a multiple of 16 bytes; on older GPUs torch reads the groups' sizes.
+    """
+    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16 or any(n % 8 for n in weight.shape[1:]):
+        return False
+    return hasattr(torch, "_grouped_mm") and torch.cuda.get_device_capability(weight.device) >= (9, 0)

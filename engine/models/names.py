@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .adapter import Weights
     from .backbone import Backbone
 
-Layout = Literal["llama", "olmo", "llada2"]
+Layout = Literal["llama", "olmo", "llada2", "encoder"]
 
 _OLMO_TOP = {
     "model.embed_tokens.weight": "model.transformer.wte.weight",
@@ -40,7 +40,8 @@ _LLADA2_LAYER = {
 class NamedWeights:
     """Tensors of a checkpoint under Llama's names.
 
-    LLaDA names them as OLMo does. LLaDA2 keeps queries, keys and values in one tensor, in this order.
+    LLaDA names them as OLMo does. LLaDA2 keeps queries, keys and values in one tensor, in this order. Nemotron-Labs'
+    models call the transformer an encoder and what reads it a diffusion head.
     """
 
     def __init__(self, weights: Weights, backbone: Backbone) -> None:
@@ -68,6 +69,10 @@ class NamedWeights:
         layout = self._backbone.names
         if layout == "llama":
             return name, None
+        if layout == "encoder":
+            if name == "lm_head.weight":
+                return "diffusion_head.weight", None
+            return name.replace("model.", "encoder.", 1), None
         if layout == "olmo" and name in _OLMO_TOP:
             return _OLMO_TOP[name], None
         if layout == "llada2" and name == "model.embed_tokens.weight":

@@ -76,7 +76,7 @@ class RandomWeights:
         return True
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "ln_f.weight")):
             return torch.ones(shape, dtype=self._dtype, device=self._device)
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
         return tensor.normal_(0.0, 0.02, generator=self._generator)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from linocut.engine.errors import ModelError
-from linocut.engine.family import FamilyTraits, family_from_config
+from linocut.engine.family import FamilyTraits, LogitSource, family_from_config
 
 
 def config(model_type: str, **fields: Any) -> dict[str, Any]:
@@ -26,14 +26,68 @@ def test_sdar_predicts_in_place_and_rounds_its_norms_once() -> None:
     assert not traits.commit_seeds
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_sdar_moe_is_sdar() -> None:
+    assert family_from_config(config("sdar_moe", block_size=8)) == family_from_config(config("sdar", block_size=8))
+
+
+def test_llada2_has_blocks_of_32_and_rounds_its_norms_as_llama_does() -> None:
+    traits = family_from_config(config("llada2_moe", eos_token_id=156892))
+    assert traits == FamilyTraits("llada2", "block-causal", "own", 32, 32, 156895, (156892,))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "source", "mask"),
+    [("llada", "llada", "own", 126336), ("lladamoe", "llada", "own", 156895), ("Dream", "dream", "previous", 151666)],
+)
+def test_models_that_see_everything_have_blocks_from_the_prompts_end(
+    model_type: str, name: str, source: LogitSource, mask: int
+) -> None:
+    assert family_from_config(config(model_type)) == FamilyTraits(name, "full", source, 32, 32, mask, (), grid="prompt")
+
+
+def test_wedlm_feeds_its_masks_causally() -> None:
+    traits = family_from_config(config("wedlm", mask_token_id=None))
+    assert traits == FamilyTraits("wedlm", "token-causal", "own", 1, 1, 151665, (), in_block="causal")
+    assert traits.overhang > 1
+    with pytest.raises(ModelError, match="block_size"):
+        family_from_config(config("wedlm"), block_size=16)
+
+
+def test_nemotron_denoises_blocks_behind_the_prompt_over_an_autoregressive_past() -> None:
+    traits = family_from_config(config("nemotron_labs_diffusion", block_size=32))
+    want = FamilyTraits("nemotron_labs_diffusion", "token-causal", "own", 32, 32, 100, (), grid="prompt")
+    assert traits == want
+    assert not traits.commit_seeds
+    assert not traits.commit_opens
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": ["StableDiffCoderForCausalLM"]},
+        {"auto_map": {"AutoModelForCausalLM": "modeling_x.StableDiffcoderForCausalLM"}},
+    ],
+)
+def test_stable_diffcoder_is_told_from_llama_by_its_classes(fields: dict[str, Any]) -> None:
+    traits = family_from_config(config("llama", **fields))
+    assert traits == FamilyTraits("stable_diffcoder", "block-causal", "own", 4, 4, 5, ())
+    assert family_from_config(config("llama", architectures=["LlamaForCausalLM"])).name == "ar"
+
+
+def test_llada_moe_is_told_from_llada_by_its_experts() -> None:
+    """Published under LLaDA's model_type, with a mask id of its own."""
+    assert family_from_config(config("llada", num_experts=64)).mask_id == 156895
+    assert family_from_config(config("llada")).mask_id == 126336
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_plain_backbones_are_autoregressive(model_type: str) -> None:
     traits = family_from_config(config(model_type, eos_token_id=[1, 2]))
     assert traits == FamilyTraits("ar", "token-causal", "previous", 1, 1, None, (1, 2))
     assert family_from_config(config(model_type), block_size=1).block_size == 1
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llada", "", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "deepseek_v3", "", None])
 def test_an_unknown_model_type_is_named_with_those_that_are_known(model_type: str | None) -> None:
     with pytest.raises(ModelError, match="not supported") as error:
         family_from_config({"model_type": model_type, "vocab_size": 9})

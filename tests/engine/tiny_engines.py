@@ -29,6 +29,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sdar16": {"model": "sdar", "block_size": 16},
     "causal": {"model": "jacobi_qwen2"},
 }
+# Checkpoints of the families that share these ones' geometry, or have another.
+MORE = {name: {"model": name, "mask_id": 311} for name in ("sdar_moe", "llada2", "llada", "dream", "wedlm")}
 BLOCK = {"fast_dllm_v2": 32, "sdar": 4, "sdar1": 1, "sdar12": 12, "sdar16": 16, "causal": 1}
 # Shifted with sub-blocks; unshifted with small and with large blocks; causal.
 FAMILIES = ("fast_dllm_v2", "sdar", "sdar16", "causal")
@@ -54,7 +56,7 @@ def engine(
         "page_size": 16,
         "stop_ids": (),
         "check_invariants": True,
-        **CONFIGS[family],
+        **{**CONFIGS, **MORE}[family],
         **overrides,
     }
     config["model"] = str(GOLDEN / config["model"]) if "/" not in str(config["model"]) else str(config["model"])

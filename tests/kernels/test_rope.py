@@ -94,6 +94,21 @@ def test_partial_rotation_leaves_the_rest_of_the_head():
     assert torch.equal(caches[0][0, :5, :, 8:], k[..., 8:])
 
 
+def test_a_table_in_float32_rotates_half_precision_exactly():
+    """As LLaDA does: rounded once, at the end."""
+    q, k, v = torch.randn(3, 9, 4, 16).bfloat16()
+    positions = slots = torch.arange(9) + 40
+    table = rope_table(64, 16, 1e4, torch.float32, "cpu")
+    caches, exact = torch.zeros(2, 8, 8, 4, 16).bfloat16(), torch.zeros(2, 8, 8, 4, 16)
+    found = rope_and_cache_write(q, k, v, table, positions, slots, *caches)
+    expected = rope_and_cache_write(q.float(), k.float(), v.float(), table, positions, slots, *exact)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    assert torch.equal(caches, exact.bfloat16())
+    rounded = rope_and_cache_write(q, k, v, table.bfloat16(), positions, slots, *caches.clone())
+    assert not torch.equal(found, rounded)
+
+
 def test_unknown_scaling_and_odd_dimensions_are_refused():
     with pytest.raises(ValueError, match="longrope"):
         rope_table(8, 16, 1e4, torch.float32, "cpu", scaling={"rope_type": "longrope"})

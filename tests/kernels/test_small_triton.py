@@ -61,11 +61,12 @@ def test_silu_and_mul(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "rotary_dim"), [(9, 3, 16), (12, 1, 8), (4, 4, 12)])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-def test_rope_and_cache_write(dtype, heads, kv_heads, rotary_dim, index):
+@pytest.mark.parametrize("precise", [False, True])
+def test_rope_and_cache_write(dtype, heads, kv_heads, rotary_dim, index, precise):
     tokens, head_dim = 7, 16
     fused = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
     q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
-    table = rope_table(64, head_dim, 1e4, dtype, "cpu", rotary_dim=rotary_dim)
+    table = rope_table(64, head_dim, 1e4, torch.float32 if precise else dtype, "cpu", rotary_dim=rotary_dim)
     positions, slots = torch.randint(0, 64, (tokens,)).to(index), torch.randperm(40)[:tokens].to(index)
     expected_caches = torch.zeros(2, 5, 8, kv_heads, head_dim, dtype=dtype)
     caches = expected_caches.clone()

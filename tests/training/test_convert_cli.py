@@ -14,7 +14,7 @@ from tiny_checkpoint import write_tiny_checkpoint
 from typer.testing import CliRunner
 
 from linocut.engine.errors import ConfigError
-from linocut.server import convert, convert_stages
+from linocut.server import convert
 from linocut.server.cli import app
 from linocut.server.convert_options import options_from, split_stages
 from linocut.training import adapt, evaluate
@@ -219,19 +219,6 @@ def test_run_does_not_train_on_answers_that_are_not_complete(
     with pytest.raises(ConfigError, match=r"generate stage .*go on"):
         run("run", model, tmp_path / "all", "--prompts", prompts)
     assert stages == []
-
-
-def test_training_processes_may_end_themselves_after_ctrl_c() -> None:
-    waits: list[Any] = [KeyboardInterrupt(), 0]
-
-    class Process:
-        def wait(self) -> int:
-            found = waits.pop(0)
-            if isinstance(found, BaseException):
-                raise found
-            return found
-
-    assert convert_stages._wait(Process()) == 0
 
 
 def test_adapt_takes_its_options(model: Path, tmp_path: Path, stages: list[tuple[str, Any]]) -> None:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linocut.training.loss import HeadLoss, LossWeights, Teacher, chunk_length
+from linocut.training.loss import HeadLoss, LossWeights, Objective, Teacher, chunk_length
 
 
-def plain_loss(
-    hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, teacher: Teacher, w: LossWeights
-) -> Tensor:
+def plain_loss(hidden: Tensor, head: Tensor, objective: Objective) -> Tensor:
+    target, weight, teacher, w = objective
+    assert teacher is not None
     logits = hidden @ head.T
     logp = logits.log_softmax(-1)
     loss = w.ce * F.cross_entropy(logits, target, reduction="none")
@@ -44,10 +44,11 @@ def test_loss_and_gradients_equal_plain_autograd(weights: LossWeights, frozen_he
     # Some rows are right, so that certainty forcing acts.
     target = torch.where(torch.arange(24) % 2 == 0, (hidden @ head.T).argmax(-1), torch.randint(0, 40, (24,)))
     weight = torch.rand(24, dtype=torch.float64) * (torch.arange(24) % 5 > 0)
-    loss, rows = HeadLoss(8, compiled=False)(hidden, head, target, weight, teacher, weights)
+    objective = Objective(target, weight, teacher, weights)
+    loss, rows = HeadLoss(8, compiled=False)(hidden, head, objective)
     wanted = [hidden] if frozen_head else [hidden, head]
     ours = torch.autograd.grad(3.0 * loss, wanted)
-    expected = plain_loss(hidden, head, target, weight, teacher, weights)
+    expected = plain_loss(hidden, head, objective)
     theirs = torch.autograd.grad(3.0 * expected, wanted)
     torch.testing.assert_close(loss, expected)
     for one, other in zip(ours, theirs, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from linocut.training.generate_settings import GenerateSettings
 from linocut.training.polish import PolishSettings, polish
 from linocut.training.prompts import PromptFile
 from linocut.training.segments import Noise, clean_visibility
-from linocut.training.settings import AdaptSettings, load_settings
+from linocut.training.settings import AdaptSettings
 from linocut.training.trainer import Trainer
 
 ENGINE = {"device": "cpu", "dtype": "float32", "threads": 1, "kv_memory": 8 << 20}
@@ -225,22 +224,13 @@ def test_time_is_shared_between_rounds_and_their_halves(made: Path, tmp_path: Pa
 
 
 def test_on_gpus_training_has_processes_of_its_own(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
-
-    def launch(command: list[str], **options: Any) -> SimpleNamespace:
-        commands.append(command)
-        return SimpleNamespace(returncode=0)
-
+    launched: list[tuple[AdaptSettings, int]] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(stage.subprocess, "run", launch)
+    monkeypatch.setattr(stage, "launch", lambda settings, count: launched.append((settings, count)))
     given = stage._Polish(settings(made, tmp_path / "out", train={}))._train_settings(0, Path("a"))
     for devices in (None, 1):
         stage._adapt(given, devices)
-    assert "--nproc-per-node=2" in commands[0]
-    assert "torch.distributed.run" not in commands[1]
-    for command in commands:
-        assert command[-3:-1] == ["-m", "linocut.training.adapt"]
-        assert load_settings(Path(command[-1])) == given
+    assert launched == [(given, 2), (given, 1)]
 
 
 @pytest.mark.parametrize(

@@ -180,8 +180,7 @@ PLAIN = {"model_type": "qwen2", **SIZES}
         ({"hidden_act": "gelu"}, "gelu"),
         ({"use_sliding_window": True, "sliding_window": 4096}, "sliding"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
-        ({"partial_rotary_factor": 0.5}, "partial rotary"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}}, "partial rotary"),
+        ({"clip_qkv": 8.0}, "clip_qkv"),
     ],
 )
 def test_what_is_not_supported_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -228,6 +227,9 @@ def test_a_config_that_cannot_be_built_is_a_model_error_at_start(tmp_path: Path,
         ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, {"rope_theta": 5.0, "rope_scaling": None}),
         ({"sliding_window": 4096, "use_sliding_window": False}, {"max_positions": 128}),
         ({"tie_word_embeddings": True}, {"tied_head": True}),
+        ({"partial_rotary_factor": 0.5}, {"rotary_dim": 4}),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}}, {"rotary_dim": 4}),
+        ({"partial_rotary_factor": 1.0}, {"rotary_dim": None}),
     ],
     ids=str,
 )
