@@ -32,7 +32,7 @@ from .convert_stages import (
 from .threads import settle_threads
 
 app = typer.Typer(
-    help="Turn an autoregressive checkpoint into a block-diffusion one: generate, adapt, polish, filter, evaluate; or run.",
+    help="Turn an autoregressive checkpoint into a block-diffusion one: generate, adapt, polish, evaluate; or run.",
     no_args_is_help=True,
 )
 

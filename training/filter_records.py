@@ -23,9 +23,11 @@ UNKNOWN = -1
 
 @dataclass
 class Records:
-    """confidence: [N, W] float32, what the filter sees of a block in a forward. right: [N, W] bool, the proposal is the
-    reference's token. counts: [N, W] bool, undecided positions whose reference is known,
-    those aside that a clean row decides. prompt: [N] int64, its index.
+    """Blocks as forwards saw them.
+
+    confidence: [N, W] float32, what the filter sees. counts: [N, W] bool, undecided positions whose reference is known,
+    but for those that a clean row decides. right: [N, W] bool, those of them whose proposal is the reference's token.
+    prompt: [N] int64, its index.
     """
 
     confidence: Tensor
@@ -57,9 +59,8 @@ class Oracle(Learned):
         counts = masks & (reference != UNKNOWN) & ~statistics.confidence.isinf()
         learns = counts.any(dim=1) & view.whole
         confidence = filter_input(statistics)
-        self.noted.append(
-            Records(confidence[learns], right[learns], counts[learns], self.prompts[view.slots][learns])
-        )
+        kept = (values[learns] for values in (confidence, right & counts, counts, self.prompts[view.slots]))
+        self.noted.append(Records(*kept))
         # `guard` commits the surest one where none is right, with the token given here.
         return Decision(right, torch.where(reference == UNKNOWN, statistics.token, reference))
 

@@ -1,4 +1,4 @@
-"""The learned filter decides what a plain loop over dense forwards decides, and reaches the strategy from the folder."""
+"""The learned filter decides what a plain loop over dense forwards decides; the model folder brings it."""
 
 from __future__ import annotations
 
