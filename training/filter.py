@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def fit(
     generator = torch.Generator().manual_seed(settings.seed)
 
     def drawn(outputs: int, inputs: int) -> Tensor:
-        bound = inputs**-0.5
+        bound = 1 / math.sqrt(inputs)
         return (torch.rand(outputs, inputs, generator=generator) * 2 - 1) * bound
 
     w1, b1 = drawn(hidden, length), drawn(hidden, length)[:, 0].clone()
@@ -131,7 +132,7 @@ def _collected(settings: FilterSettings, size: int | None, say: Say) -> Records:
     llm = LLM(str(settings.model), **config)
     prompts = _token_ids(llm, settings)
     say(f"{len(prompts)} prompts, blocks of {llm.core.info.block_size}")
-    options = {"max_tokens": settings.max_tokens, "temperature": 0.0, "diffusion": settings.diffusion}
+    options: dict[str, Any] = {"max_tokens": settings.max_tokens, "temperature": 0.0, "diffusion": settings.diffusion}
     texts = [answer.token_ids for (answer,) in llm.generate([list(p) for p in prompts], **options)]
     records = collect(llm, prompts, texts)
     del llm

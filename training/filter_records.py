@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def collect(llm: LLM, prompts: Sequence[list[int]], texts: Sequence[list[int]]) 
     core.execute = execute_prepared  # type: ignore[method-assign]
     try:
         longest = max(len(text) for text in texts)
-        options = {"temperature": 0.0, "diffusion": {"strategy": Learned.name}}
+        options: dict[str, Any] = {"temperature": 0.0, "diffusion": {"strategy": Learned.name}}
         answers = llm.generate([list(prompt) for prompt in prompts], max_tokens=longest, **options)
     finally:
         core.execute = execute  # type: ignore[method-assign]
