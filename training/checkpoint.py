@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +16,21 @@ from torch import Tensor
 from linocut.engine.errors import ConfigError
 from linocut.engine.loading import read_config
 
+from .documents import Documents
 from .export import find_mask_id
 from .flat import FlatParameters
 from .settings import AdaptSettings
 
 FILE = "checkpoint.safetensors"
+# Options that may change before a run goes on: they say when it ends, what it tells, where and how it computes, and
+# what the converted folder says of itself. The others decide what is learnt.
+_FREE = {
+    *("base", "data", "init_adapter"),  # paths: `identity` tells what lies there
+    *("run", "output", "layout", "block_size", "banned_ids"),
+    *("max_seconds", "max_steps", "max_tokens", "session_seconds"),
+    *("checkpoint_seconds", "evaluate_seconds", "log_every", "peak_tflops"),
+    *("device", "dtype", "compile", "head_chunk"),
+}
 
 
 @dataclass
@@ -34,21 +45,45 @@ class Progress:
     finished: bool = False
 
 
-def identity(settings: AdaptSettings) -> dict[str, Any]:
-    """What the values of a run mean: with any of it changed they would be another model's, in the same shapes."""
+def identity(settings: AdaptSettings, documents: Documents, processes: int) -> dict[str, Any]:
+    """What a run learns, and of what: with any of it changed a checkpoint would be another run's, in the same shapes.
+
+    documents: all of the run's data, as loaded. Files are told by what they hold, so that they may move.
+    """
     s, base = settings, Path(settings.base).resolve()
     config, _ = read_config(base)
-    found = {
+    kept = {name: value for name, value in asdict(s).items() if name not in _FREE}
+    if s.mode == "full":
+        del kept["rank"], kept["scale"]
+    return {
         "base": base.name,
         "bytes of weights": sum(path.stat().st_size for path in base.glob("model*.safetensors")),
-        "mode": s.mode,
-        "context": s.context,
-        "logit_source": s.logit_source,
+        **kept,
         "mask_token_id": find_mask_id(s, config),
-        "draft_head": s.draft_head,
-        "seed": s.seed,
+        "init_adapter": _beginning(s),
+        "data": f"of {len(documents.tokens)} tokens",
+        "processes": processes,
     }
-    return found if s.mode == "full" else found | {"rank": s.rank, "scale": s.scale}
+
+
+def _beginning(settings: AdaptSettings) -> str | None:
+    """What init_adapter holds, or its name where the run itself writes over it."""
+    if settings.init_adapter is None:
+        return None
+    path = Path(settings.init_adapter).resolve()
+    if path.parent in (Path(settings.run).resolve(), Path(settings.output).resolve()):
+        return path.name
+    with path.open("rb") as file:
+        return f"of sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What of `wanted` was stored otherwise. Checkpoints of earlier versions tell less."""
+    free = {"processes"}
+    if stored.get("processes") != wanted["processes"]:
+        free.add("accumulate")  # makes up for another number of processes
+    names = [name for name in wanted if name in stored and name not in free and stored[name] != wanted[name]]
+    return [f"{name} {stored[name]} (not {wanted[name]})" for name in names]
 
 
 def save_checkpoint(
@@ -88,10 +123,9 @@ def load_checkpoint(
         raise ConfigError(f"{path} is damaged: {error}") from None
     if not stored:
         raise ConfigError(f"{path} does not say which conversion it is of: name another run folder")
-    differing = [name for name in conversion if name in stored and stored[name] != conversion[name]]
-    if differing:
-        told = ", ".join(f"{name} {stored[name]} (not {conversion[name]})" for name in differing)
-        raise ConfigError(f"{path} is of another conversion, with {told}: name another run folder")
+    if differing := _differences(stored, conversion):
+        told = ", ".join(differing)
+        raise ConfigError(f"{path} is of a run with {told}: go on with the same settings, or name another run folder")
     if layout != flat.layout:
         raise ConfigError(f"{path} is of a model of another shape: name another run folder")
     with torch.no_grad():
@@ -102,6 +136,10 @@ def load_checkpoint(
         # A fused optimiser counts its steps on the device, another on the host.
         home = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
         if found:
-            optimizer.state[parameter] = {name: value.to(home) for name, value in found.items()}
+            # Moments have the parameter's dtype, which another compute dtype may widen; the count of steps its own.
+            optimizer.state[parameter] = {
+                name: value.to(home, value.dtype if name == "step" else parameter.dtype)
+                for name, value in found.items()
+            }
     flat.publish()
     return progress

@@ -37,7 +37,8 @@ class AdaptSettings:
     offset_decay ** offset. loss_share: share of the noisy rows that pass the head (a random, unbiased choice).
 
     The run ends with the first limit that is reached; the learning rate follows the share of it that is done.
-    session_seconds ends this process early, with a checkpoint. compile, dtype: None lets the device choose.
+    session_seconds ends this process early, with a checkpoint; the run goes on with the options that decide what is
+    learnt unchanged (`checkpoint.identity`). compile, dtype: None lets the device choose.
     """
 
     base: str

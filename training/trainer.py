@@ -65,7 +65,7 @@ class Trainer:
         self.weights = LossWeights(s.ce, s.kl, s.tv, s.certainty, s.certainty_temperature)
         self.tally = Tally(self.device)
         self.progress = Progress()
-        self._conversion = identity(s)
+        self._conversion = identity(s, documents, self.processes.world)
         self._loss = torch.zeros((), device=self.device)
         self._norms = torch.zeros(len(self.flat.parameters), device=self.device)
         self.flops = batch_flops(s, self.decoder)

@@ -19,9 +19,9 @@ class Backbone:
 
     qkv_bias, o_bias, mlp_bias: linear layers with a bias. qk_norm: RMSNorm per head on queries and keys before RoPE.
     names: how the checkpoint names its tensors (`names.py`). rotary_dim: leading dimensions of a head that rotate;
-    None: all. rope_float32: queries and keys rotate in float32 whatever the model's dtype. query_scaling: (beta, n) if a
-    query at position p is multiplied by 1 + beta * ln(1 + p // n), as Llama 4's. experts: where layers have experts for
-    an MLP.
+    None: all. rope_float32: queries and keys rotate in float32 whatever the model's dtype. query_scaling: (beta, n)
+    multiplies a query at position p by 1 + beta * ln(1 + p // n), as Llama 4 does. experts: where layers have experts
+    for an MLP.
     """
 
     layers: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_training import make_documents, make_settings, save_documents, save_model
+from tiny_training import make_folder, make_settings, read_log, save_documents, save_model
 from torch import Tensor
 
 from linocut.engine.errors import ConfigError
@@ -26,18 +25,10 @@ from linocut.training.segments import Noise
 from linocut.training.settings import load_settings, settings_from_dict
 from linocut.training.trainer import Trainer
 
-LENGTHS, PROMPTS = [30, 17, 40, 9, 22, 50, 12, 60] * 4, [10, 3, 20, 4, 2, 30, 5, 12] * 4
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_model(tmp_path / "base")
-    save_documents(make_documents(LENGTHS, PROMPTS), tmp_path / "answers")
-    return tmp_path
-
-
-def read_log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return make_folder(tmp_path)
 
 
 def masters(folder: Path, name: str) -> Tensor:
@@ -87,35 +78,6 @@ def test_a_run_starts_from_a_shipped_adapter(folder: Path) -> None:
         torch.testing.assert_close(trainer.flat.masters()[name] * factor, tensor)
     with pytest.raises(ConfigError, match="init_adapter"):
         Trainer(make_settings(folder, init_adapter=str(shipped), rank=4))
-
-
-def test_a_checkpoint_of_another_rank_is_refused(folder: Path) -> None:
-    adapt(make_settings(folder, max_steps=1))
-    with pytest.raises(ConfigError, match="another run folder"):
-        adapt(make_settings(folder, max_steps=1, rank=4))
-
-
-def test_a_checkpoint_of_another_conversion_is_refused_by_name(folder: Path) -> None:
-    adapt(make_settings(folder, max_steps=1))
-    shutil.copytree(folder / "base", folder / "sibling")
-    for name, value in (
-        ("mode", "lora"), ("logit_source", "own"), ("scale", 1.0), ("seed", 1), ("mask_token_id", 254),
-        ("base", str(folder / "sibling")),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=f"with {name} .*another run folder"):
-            adapt(make_settings(folder, max_steps=1, **{name: value}))
-    shutil.rmtree(folder / "run")
-    lora = {"mode": "lora", "max_steps": 1}
-    adapt(make_settings(folder, **lora))
-    with pytest.raises(ConfigError, match="with context token-causal"):
-        adapt(make_settings(folder, context="block-causal", **lora))
-
-
-def test_a_base_of_other_weights_is_another_conversion(folder: Path) -> None:
-    adapt(make_settings(folder, max_steps=1))
-    save_model(folder / "base", vocab_size=300)
-    with pytest.raises(ConfigError, match="bytes of weights"):
-        adapt(make_settings(folder, max_steps=1))
 
 
 def test_an_export_leaves_nothing_of_an_earlier_one(folder: Path) -> None:

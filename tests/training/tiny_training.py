@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from linocut.training.documents import Documents
 from linocut.training.settings import AdaptSettings
 
 VOCAB, MASK = 256, 255
+LENGTHS, PROMPTS = [30, 17, 40, 9, 22, 50, 12, 60] * 4, [10, 3, 20, 4, 2, 30, 5, 12] * 4
 _CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
@@ -56,6 +58,17 @@ def save_documents(documents: Documents, folder: Path) -> Path:
     }
     save_file(parts, folder / "shard-00000.safetensors", metadata={"model": "tiny"})
     return folder
+
+
+def make_folder(folder: Path) -> Path:
+    """Save a model in folder/base and answers in folder/answers, where `make_settings` looks."""
+    save_model(folder / "base")
+    save_documents(make_documents(LENGTHS, PROMPTS), folder / "answers")
+    return folder
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def make_settings(folder: Path, **changes: Any) -> AdaptSettings:
