@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
-from .decoding.registry import build_strategies
+import msgspec
+
+from .decoding.registry import build_strategies, offered
+from .decoding.strategy import Equipment
 from .family import FamilyTraits
 from .geometry import Geometry
 from .loading import LoadedModel
@@ -43,6 +47,14 @@ class EngineCore:
             choices.append(sequence)
             self.scheduler.add(sequence)
         self._sequences[request.request_id] = choices
+
+    def equip(self, equipment: Equipment) -> None:
+        """Give the strategies other equipment than the model folder's."""
+        self.traits = replace(self.traits, has_filter=equipment.filter is not None)
+        table = offered(self.traits).strategy_table
+        self.info = msgspec.structs.replace(self.info, strategy_table=table)
+        for strategy in self.runner.strategies.values():
+            strategy.equipment = equipment
 
     def validate(self, request: AddRequest) -> None:
         """Raise ParameterError for what would harm the engine or cannot fit it."""

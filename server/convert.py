@@ -14,6 +14,7 @@ from .convert_options import split_stages
 from .convert_record import Record, describe_files, describe_model, result_id
 from .convert_stages import (
     adapt_settings,
+    filter_settings,
     generate_settings,
     is_adapted,
     is_finished,
@@ -23,6 +24,7 @@ from .convert_stages import (
     resolve,
     run_adapt,
     run_evaluate,
+    run_filter,
     run_generate,
     run_polish,
     strategy_rows,
@@ -126,6 +128,27 @@ def polish(
     _prepare()
     options: dict[str, Any] = {"data": answers or [], "max_seconds": max_seconds}
     run_polish(polish_settings(model, resolve(original), out, prompts, options | split_stages(settings, None)[""]))
+
+
+@app.command("filter")
+def train_filter(
+    model: Annotated[Path, typer.Argument(help="The folder whose blocks the filter judges.")],
+    out: Annotated[Path, typer.Argument(help="Folder for filter.safetensors and its log; MODEL to serve it.")],
+    prompts: Prompts = None,
+    exclude: Exclude = None,
+    limit: Annotated[int, typer.Option(help="Prompts to learn from, those that only measure included.")] = 200,
+    max_tokens: Annotated[int, typer.Option(help="Longest reference text.")] = 64,
+    block_size: Annotated[
+        list[int] | None, typer.Option(help="Blocks to work for; repeatable; default: the model's.")
+    ] = None,
+    seed: int = 0,
+    settings: Set = None,
+) -> None:
+    """Train the filter of the strategy learned (Learn2PD): which proposals of a block are right already."""
+    options: dict[str, Any] = {"limit": limit, "max_tokens": max_tokens, "seed": seed}
+    options |= {"block_sizes": block_size or []} | split_stages(settings, None)[""]
+    _prepare()
+    run_filter(filter_settings(model, out, prompts, exclude or [], options))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from linocut.engine.errors import ConfigError
 from .convert_options import options_from, prompt_files
 
 if TYPE_CHECKING:
+    from linocut.training.filter_settings import FilterSettings
     from linocut.training.generate_settings import GenerateSettings
     from linocut.training.polish_settings import PolishSettings
     from linocut.training.settings import AdaptSettings
@@ -115,6 +116,21 @@ def _last_record(work: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return last if isinstance(last, dict) else {}
+
+
+def filter_settings(
+    model: Path, out: Path, prompts: list[str] | None, exclude: list[Path], options: dict[str, Any]
+) -> FilterSettings:
+    from linocut.training.filter_settings import FilterSettings
+
+    fixed = {"model": model, "out": out, "prompts": prompt_files(prompts), "exclude": tuple(exclude)}
+    return options_from(FilterSettings, fixed, options)
+
+
+def run_filter(settings: FilterSettings) -> None:
+    from linocut.training.filter import train_filter as stage
+
+    stage(settings, typer.echo)
 
 
 def run_evaluate(model: Path, original: Path, prompts: list[Path], out: Path, options: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from safetensors.torch import load_file
 
+from linocut.engine.decoding.filter import FILE as FILTER
+from linocut.engine.decoding.filter import read_filter
 from linocut.engine.errors import ModelError
 from linocut.engine.models import delta, embedded
 
@@ -47,8 +49,9 @@ def ship(converted: Path, out: Path | None = None) -> Shipment:
 
     Adapter matrices become int8, everything else float16. `out` is the package's own folder unless given; an older
     delta in it is replaced, and the model card README.md copied where `converted` has one. Where `converted` holds base
-    weights they have to be the embedded model's. Raises ModelError if it is no such conversion, or if it is too large
-    to ship.
+    weights they have to be the embedded model's. A filter (strategy `learned`) belongs to the adapter that it was
+    trained for: an older one is removed, one in `converted` taken along. Raises ModelError if it is no such conversion,
+    or if it is too large to ship.
     """
     out = embedded.DELTA if out is None else out
     linocut = _read_traits(converted)
@@ -72,7 +75,7 @@ def ship(converted: Path, out: Path | None = None) -> Shipment:
     if total + len(parts) * _HEADER_SPARE > MAX_BYTES:
         raise ModelError(f"the adapter takes {total / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}: use a lower rank")
     out.mkdir(parents=True, exist_ok=True)
-    for old in [out / delta.MANIFEST, *out.glob("delta-*.safetensors")]:
+    for old in [out / delta.MANIFEST, out / FILTER, *out.glob("delta-*.safetensors")]:
         old.unlink(missing_ok=True)
     files: dict[str, dict[str, Any]] = {}
     for number, part in enumerate(parts, start=1):
@@ -90,7 +93,22 @@ def ship(converted: Path, out: Path | None = None) -> Shipment:
     if (converted / "README.md").is_file():
         shutil.copyfile(converted / "README.md", out / "README.md")
     (out / delta.MANIFEST).write_text(_render(manifest), encoding="utf-8")  # last: without it there is no delta
+    if (converted / FILTER).is_file():
+        ship_filter(converted / FILTER, out)
     return Shipment({name: int(file["bytes"]) for name, file in files.items()}, errors)
+
+
+def ship_filter(path: Path, out: Path | None = None) -> None:
+    """Put a filter, trained for the delta in `out`, beside it and into its manifest. Raises ModelError."""
+    out = embedded.DELTA if out is None else out
+    if delta.read_manifest(out) is None:
+        raise ModelError(f"{out} holds no delta that a filter could belong to")
+    read_filter(path.parent, torch.device("cpu"))
+    data = path.read_bytes()
+    (out / FILTER).write_bytes(data)
+    manifest = json.loads((out / delta.MANIFEST).read_text(encoding="utf-8"))
+    extras = manifest.get("extras", {}) | {FILTER: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
+    (out / delta.MANIFEST).write_text(_render(manifest | {"extras": extras}), encoding="utf-8")
 
 
 def quantise(weight: Array) -> tuple[NDArray[np.int8], NDArray[np.float16], tuple[int, int]]:

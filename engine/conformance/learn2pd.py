@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from ..decoding.filter import Filter
 from ..decoding.parameters import resolve
-from ..decoding.registry import offered
 from ..decoding.strategy import Equipment
 from .decode import compare, first_difference, judge
 from .fixture import Fixture, Result
@@ -33,10 +31,7 @@ def _decode(fixture: Fixture, case: dict[str, Any]) -> Result:
     params = case["params"]
     core = fixture.engine(None, (), "reference")
     # The folder keeps several filters beside its cases, a model folder holds one.
-    core.traits = dataclasses.replace(core.traits, has_filter=True)
-    table = offered(core.traits).strategy_table
-    core.info = type(core.info)(**{**_fields(core.info), "strategy_table": table})
-    core.runner.strategies["learned"].equipment = Equipment(_filter(fixture, params["filter"]))
+    core.equip(Equipment(_filter(fixture, params["filter"])))
     blocks = params["gen_length"] // params["block_length"]
     wanted = {
         "strategy": "learned",
@@ -53,7 +48,3 @@ def _decode(fixture: Fixture, case: dict[str, Any]) -> Result:
 
     request = greedy_request(case["name"], case["prompt"], len(case["output"]), resolve(core.info, wanted))
     return judge(fixture, case, core.traits.block_size, compare(core, case, request, check))
-
-
-def _fields(info: Any) -> dict[str, Any]:
-    return {name: getattr(info, name) for name in info.__struct_fields__}

@@ -36,6 +36,7 @@ def row_view(state: RowState, slots: Tensor, window: int) -> RowView:
         row_cost=state.row_cost[slots],
         parameters=state.parameters.of(slots),
         memory=state.memory,
+        stops=state.stops[slots],
     )
 
 

@@ -39,6 +39,8 @@ class RowView:
     row_cost: Tensor
     parameters: Parameters
     memory: dict[str, Tensor] = field(default_factory=dict)
+    # [rows, K] int32, ids that end a row's text, padded with -1; none where the view is not an engine's.
+    stops: Tensor | None = None
 
     @property
     def width(self) -> int:

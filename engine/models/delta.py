@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class Manifest:
 
     digest: sha256 of the manifest itself, which covers the files through their own. base: sha256 of the base model's
     payload. files: sha256 by name. groups: by tensor, the (rows, columns) that share a scale; None where it is stored
-    in float16. linocut: the object of that name for config.json.
+    in float16. linocut: the object of that name for config.json. extras: sha256 by name of what goes into the model's
+    folder as it is, such as the filter of the strategy `learned`.
     """
 
     digest: str
@@ -43,6 +44,7 @@ class Manifest:
     files: dict[str, str]
     groups: dict[str, tuple[int, int] | None]
     linocut: dict[str, Any]
+    extras: dict[str, str] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -62,10 +64,11 @@ def read_manifest(folder: Path) -> Manifest | None:
             rows, columns = tensor.get("group") or (0, 0)
             groups[name] = (int(rows), int(columns)) if rows else None
         files = {str(name): str(file["sha256"]) for name, file in content["files"].items()}
+        extras = {str(name): str(file["sha256"]) for name, file in content.get("extras", {}).items()}
         base, linocut = str(content["base"]["sha256"]), dict(content["linocut"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{MANIFEST} of the embedded model is damaged: {error!r}") from error
-    return Manifest(hashlib.sha256(data).hexdigest(), base, files, groups, linocut)
+    return Manifest(hashlib.sha256(data).hexdigest(), base, files, groups, linocut, extras)
 
 
 def read_tensors(
@@ -81,12 +84,7 @@ def read_tensors(
 
     stored: dict[str, NDArray[Any]] = {}
     for done, (name, sha256) in enumerate(manifest.files.items(), start=1):
-        try:
-            data = (folder / name).read_bytes()
-        except OSError as error:
-            raise ModelError(f"{name} of the embedded model cannot be read: {error.strerror}") from error
-        if (found := hashlib.sha256(data).hexdigest()) != sha256:
-            raise ModelError(f"{name} of the embedded model has the sha256 {found}, not {sha256} as shipped")
+        data = _read_checked(folder / name, sha256)
         try:
             stored |= load(data)
         except SafetensorError as error:
@@ -97,6 +95,16 @@ def read_tensors(
         return {name: _restore(name, stored, group) for name, group in manifest.groups.items()}
     except (KeyError, ValueError) as error:
         raise ModelError(f"the embedded model's files do not fit its {MANIFEST}: {error}") from error
+
+
+def _read_checked(path: Path, sha256: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path.name} of the embedded model cannot be read: {error.strerror}") from error
+    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ModelError(f"{path.name} of the embedded model has the sha256 {found}, not {sha256} as shipped")
+    return data
 
 
 def _restore(name: str, stored: Mapping[str, NDArray[Any]], group: tuple[int, int] | None) -> NDArray[np.float16]:
@@ -118,8 +126,8 @@ def dequantise(values: NDArray[np.int8], scales: NDArray[np.float16], group: tup
 
 
 def companions(folder: Path, manifest: Manifest) -> list[Path]:
-    """What goes with the model into the converted folder as it is: its card, and pictures in it."""
-    own = {MANIFEST, *manifest.files}
+    """What goes with the model into the converted folder unchecked: its card, and pictures in it."""
+    own = {MANIFEST, *manifest.files, *manifest.extras}
     return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in own]
 
 
@@ -151,6 +159,8 @@ def apply(
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["linocut"] = {**config.get("linocut", {}), **manifest.linocut}
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, sha256 in manifest.extras.items():
+        (target / name).write_bytes(_read_checked(folder / name, sha256))
     for path in companions(folder, manifest):
         shutil.copyfile(path, target / path.name)
 

@@ -16,7 +16,7 @@ from linocut.engine.errors import ModelError
 from linocut.engine.models import delta, embedded
 from linocut.engine.models.linear import fits_float16
 from linocut.training import ship as shipping
-from linocut.training.ship import quantise, relative_error, ship
+from linocut.training.ship import quantise, relative_error, ship, ship_filter
 
 HIDDEN, RANK = 96, 20
 LINOCUT = {"context": "token-causal", "block_size": 8, "adapter": {"rank": RANK, "gate": "noisy"}}
@@ -158,6 +158,35 @@ def test_what_is_shipped_is_served(package: Path, converted: Path) -> None:
     assert config["linocut"] == {"banned_ids": [16], **LINOCUT}
     assert (folder / "README.md").read_text() == "# The card"
     assert shipment.files == {path.name: path.stat().st_size for path in package.glob("*.safetensors")}
+
+
+def test_a_filter_goes_with_its_adapter(package: Path, converted: Path, tmp_path: Path) -> None:
+    """Put there by itself or found beside the adapter; another adapter without one has none."""
+    ship(converted)
+    without = embedded.ensure(progress=False)
+    trained = {name: torch.rand(shape) for name, shape in (("w1", (3, 4)), ("b1", 3), ("w2", (4, 3)), ("b2", 4))}
+    save_file(trained, converted / "filter.safetensors")
+    ship_filter(converted / "filter.safetensors")
+    folder = embedded.ensure(progress=False)
+    assert folder != without
+    assert torch.equal(load_file(folder / "filter.safetensors")["w1"], trained["w1"])
+    before = (package / "delta.json").read_bytes()
+    ship(converted)
+    assert (package / "delta.json").read_bytes() == before
+    (converted / "filter.safetensors").unlink()
+    ship(converted)
+    assert embedded.ensure(progress=False) == without
+    assert not (package / "filter.safetensors").exists()
+
+
+def test_no_filter_is_shipped_without_a_delta_or_that_is_none(package: Path, converted: Path, tmp_path: Path) -> None:
+    save_file({"w1": torch.rand(3, 4)}, converted / "filter.safetensors")
+    with pytest.raises(ModelError, match="no delta"):
+        ship_filter(converted / "filter.safetensors", tmp_path)
+    (converted / "filter.safetensors").rename(tmp_path / "filter.safetensors")
+    ship(converted)
+    with pytest.raises(ModelError, match="no filter"):
+        ship_filter(tmp_path / "filter.safetensors")
 
 
 def test_half_precision_adapters_are_taken(package: Path, tmp_path: Path) -> None:

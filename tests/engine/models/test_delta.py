@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,25 @@ def test_applying_it_gives_a_folder_to_serve(
     assert {path.name: path.read_bytes() for path in original.iterdir()} == before
 
 
+def test_what_goes_along_is_checked_and_counts_as_part_of_it(tmp_path: Path, original: Path) -> None:
+    """A filter arrives as it was shipped or not at all; another one makes another digest, so another folder."""
+    data = b"some filter"
+    extras = {"filter.safetensors": {"sha256": hashlib.sha256(data).hexdigest()}}
+    plain = manifest_of(write_delta(tmp_path / "plain", "a" * 64))
+    folder = write_delta(tmp_path / "more", "a" * 64, extras=extras)
+    (folder / "filter.safetensors").write_bytes(data)
+    manifest = manifest_of(folder)
+    assert manifest.digest != plain.digest
+    target = tmp_path / "target"
+    target.mkdir()
+    delta.apply(folder, manifest, original, target)
+    assert (target / "filter.safetensors").read_bytes() == data
+    (folder / "filter.safetensors").write_bytes(b"another filter")
+    (tmp_path / "second").mkdir()
+    with pytest.raises(ModelError, match=r"filter\.safetensors .* sha256"):
+        delta.apply(folder, manifest, original, tmp_path / "second")
+
+
 def test_what_this_release_ships_is_whole_and_small_enough() -> None:
     manifest = delta.read_manifest(embedded.DELTA)
     if manifest is None:
@@ -160,5 +180,7 @@ def test_what_this_release_ships_is_whole_and_small_enough() -> None:
     assert sum(path.stat().st_size for path in embedded.DELTA.iterdir()) <= 24_000_000
     assert manifest.base == embedded.PAYLOAD_SHA256
     assert (embedded.DELTA / "README.md").is_file()
+    for name, sha256 in manifest.extras.items():
+        assert hashlib.sha256((embedded.DELTA / name).read_bytes()).hexdigest() == sha256
     tensors = delta.read_tensors(embedded.DELTA, manifest)
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
