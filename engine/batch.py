@@ -14,37 +14,11 @@ from linocut.kernels.attention import AttentionLayout
 from .decoding.registry import strategy_classes
 from .decoding.view import Span
 from .family import FamilyTraits
+from .logit_rows import LogitRows
 from .plan import RowPlan
+from .segments import scratch_rows
 from .state import RowState
-
-
-@dataclass
-class LogitRows:
-    """Which hidden states become logits, and for which position of which row.
-
-    source: [M] int64, index into the flat batch. row: [M] int64, index into the plan's rows; slot: its state slot.
-    offset: [M] int64 in the row's window; position: [M] int32. valid: [M] bool; the host may reserve too many. ahead:
-    [M] int32, by how many steps of its row an entry is ahead, None: none is.
-    """
-
-    source: Tensor
-    row: Tensor
-    slot: Tensor
-    offset: Tensor
-    position: Tensor
-    valid: Tensor
-    ahead: Tensor | None = None
-
-    def at(self, part: slice | Tensor) -> LogitRows:
-        return LogitRows(
-            self.source[part],
-            self.row[part],
-            self.slot[part],
-            self.offset[part],
-            self.position[part],
-            self.valid[part],
-            None if self.ahead is None else self.ahead[part],
-        )
+from .transfer import to_device
 
 
 @dataclass
@@ -150,9 +124,9 @@ def build_batch(
     device = state.device
     widths = np.array([row.width + row.scratch for row in rows])
     first = np.concatenate([[0], np.cumsum(widths)])
-    row_of = _to(np.repeat(np.arange(len(rows)), widths), device)
-    offset = _to((np.arange(first[-1]) - np.repeat(first[:-1], widths)).astype(np.int32), device)
-    query_start = _to(first.astype(np.int32), device)
+    row_of = to_device(np.repeat(np.arange(len(rows)), widths), device)
+    offset = to_device((np.arange(first[-1]) - np.repeat(first[:-1], widths)).astype(np.int32), device)
+    query_start = to_device(first.astype(np.int32), device)
 
     places = span.run_start[row_of] + offset
     inside = places < span.run_end[row_of]
@@ -169,7 +143,7 @@ def build_batch(
         visible = places + 1
         if any(on_grid):
             # Rows of a block that is not final see all of it.
-            noisy = _to(np.array(on_grid), device)[row_of] & (places >= span.clean_end[row_of])
+            noisy = to_device(np.array(on_grid), device)[row_of] & (places >= span.clean_end[row_of])
             visible = torch.where(noisy, _block_end(state, slot_of, places), visible)
     if span.order is not None:
         # A window fed in another order: K/V stands where a row is fed, so it sees what was fed before it.
@@ -179,7 +153,7 @@ def build_batch(
         positions = torch.where(within, start[row_of] + fed.int(), places)
     scratch = None
     if span.segments is not None and any(row.scratch for row in rows):
-        scratch = _scratch(rows, row_of, offset, span, start, traits.mask_id or 0)
+        scratch = scratch_rows(rows, row_of, offset, span, start, traits.mask_id or 0)
         inside = torch.where(scratch.here, scratch.used, inside)
         places = torch.where(scratch.here, scratch.place, places)
         positions = torch.where(scratch.here, scratch.position, positions)
@@ -208,44 +182,6 @@ def build_batch(
     return ForwardBatch(ids, torch.where(inside, positions, 0), flat.int(), layout, noisy, logits)
 
 
-@dataclass
-class _Scratch:
-    """Of every flat row, [tokens]: its id (None: all are masks), whether it belongs to a draft segment (`here`) and to
-    one in use; the place of its K/V, its RoPE position, how much of the sequence it sees, and its segment's places
-    [first, end)."""
-
-    ids: Tensor | None
-    here: Tensor
-    used: Tensor
-    place: Tensor
-    position: Tensor
-    sees: Tensor
-    first: Tensor
-    end: Tensor
-
-
-def _scratch(rows: list[RowPlan], row_of: Tensor, offset: Tensor, span: Span, start: Tensor, mask_id: int) -> _Scratch:
-    assert span.segments is not None
-    device = offset.device
-    width = _to(np.array([row.width for row in rows], np.int32), device)[row_of]
-    length = _to(np.array([max(row.segment, 1) for row in rows], np.int32), device)[row_of]
-    here = offset >= width
-    behind = torch.where(here, offset - width, 0)
-    index = behind // length
-    most = span.segments.shape[1]
-    drafts = span.segments[row_of, index.clamp(max=most - 1).long()]
-    used = here & (drafts >= 0) & (index < most)
-    sees = start[row_of] + drafts
-    ids = None
-    if span.segment_tokens is not None:
-        longest = span.segment_tokens.shape[2]
-        nth = (behind % length).clamp(max=longest - 1).long()
-        ids = span.segment_tokens[row_of, index.clamp(max=most - 1).long(), nth]
-        ids = torch.where(ids < 0, mask_id, ids).int()
-    first = span.run_end[row_of] + index * length
-    return _Scratch(ids, here, used, span.run_end[row_of] + behind, sees + behind % length, sees, first, first + length)
-
-
 def _block_end(state: RowState, slot: Tensor, places: Tensor) -> Tensor:
     """Where the block of each place ends; places before the first block lie in blocks of the same grid."""
     origin, block = state.origin[slot], state.block[slot]
@@ -261,8 +197,8 @@ def _logit_rows(
         return None
     device = slots.device
     first = np.concatenate([[0], np.cumsum(counts)])[:-1]
-    row = _to(np.repeat(np.arange(len(rows)), counts), device)
-    nth = _to(np.arange(total) - np.repeat(first, counts), device)
+    row = to_device(np.repeat(np.arange(len(rows)), counts), device)
+    nth = to_device(np.arange(total) - np.repeat(first, counts), device)
     # Targets first, in order: the nth target of a row is the nth entry of this permutation.
     order = torch.sort((~span.targets).to(torch.uint8), dim=1, stable=True).indices
     offset = order[row, nth]
@@ -272,84 +208,10 @@ def _logit_rows(
     if traits.logit_source == "own":
         # What follows a frontier comes from the row before it, whatever the source of drafts and blocks.
         strategies = strategy_classes()
-        shift = _to(np.array([int(strategies[r.strategy].refeeds) for r in rows], np.int32), device)[row]
+        shift = to_device(np.array([int(strategies[r.strategy].refeeds) for r in rows], np.int32), device)[row]
     fed = position
     if span.order is not None:
         fed = start[row] + span.order.argsort(dim=1)[row, offset].int()
     within = torch.clamp(fed - shift - span.run_start[row], min=0)
     source = torch.where(valid, query_start[row] + within, 0).long()
     return LogitRows(source, row, slots[row], offset, position, valid)
-
-
-def draft_rows(
-    rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Tensor, query_start: Tensor, seen: Tensor, lead: int
-) -> LogitRows:
-    """The masks of the draft segment of each row that sees `seen` drafts, its proposals behind the next token.
-
-    rows: the plan's, of a group; slots, start, query_start, seen: [rows]; segments: [rows, S] (see Span). lead: masks
-    of a segment that propose nothing. Returns rows * M entries for the longest draft M of the group; those of rows
-    whose draft is shorter, or that ran no such segment, are not valid.
-    """
-    device = start.device
-    length = _to(np.array([max(row.segment, 1) for row in rows]), device)
-    ran = _to(np.array([row.segments for row in rows]), device)
-    width = _to(np.array([row.width for row in rows]), device)
-    longest = max(row.segment for row in rows) - lead
-    index = (segments == seen[:, None]).int().argmax(dim=1)
-    found = (segments == seen[:, None]).any(dim=1) & (index < ran)
-    nth = torch.arange(longest, device=device)
-    valid = found[:, None] & (nth < length[:, None] - lead)
-    source = (query_start + width + index * length)[:, None] + lead + nth
-    position = (start + seen + 1)[:, None] + nth
-    row = torch.arange(len(rows), device=device)[:, None].expand_as(source)
-    return LogitRows(
-        torch.where(valid, source, 0).flatten(),
-        row.flatten(),
-        slots[row].flatten(),
-        nth.expand_as(source).flatten(),
-        position.int().flatten(),
-        valid.flatten(),
-    )
-
-
-def segment_rows(
-    rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Tensor, query_start: Tensor, shift: int
-) -> LogitRows:
-    """All rows of the draft segments of a group, rows * S * L entries for the most S and the longest L of the plan.
-
-    slots, start, query_start: [rows]; segments: [rows, S] (see Span). Offsets count through a row's segments. shift: a
-    row predicts its own position (0) or the next one (1; the first position of a segment is then predicted by none).
-    """
-    device = start.device
-    most, longest = max(row.segments for row in rows), max(row.segment for row in rows)
-    length = _to(np.array([max(row.segment, 1) for row in rows]), device)[:, None, None]
-    ran = _to(np.array([row.segments for row in rows]), device)[:, None, None]
-    width = _to(np.array([row.width for row in rows]), device)[:, None, None]
-    index = torch.arange(most, device=device)[None, :, None]
-    nth = torch.arange(longest, device=device)[None, None, :]
-    valid = (index < ran) & (nth >= shift) & (nth < length) & (segments[:, :most, None] >= 0)
-    source = query_start[:, None, None] + width + index * length + nth - shift
-    position = (start[:, None] + segments[:, :most]).int()[:, :, None] + nth.int()
-    row = torch.arange(len(rows), device=device)[:, None, None].expand_as(valid)
-    return LogitRows(
-        torch.where(valid, source, 0).flatten(),
-        row.flatten(),
-        slots[row].flatten(),
-        (index * longest + nth).expand_as(valid).flatten(),
-        position.expand_as(valid).flatten(),
-        valid.flatten(),
-        (index + 1).expand_as(valid).flatten().int(),
-    )
-
-
-def window_index(rows: LogitRows, count: int, window: int) -> Tensor:
-    """[count, window] int64: the entry of `rows` that asks about a row's window position; 0 where none does."""
-    size = count * (window + 1)
-    at = rows.row * (window + 1) + torch.where(rows.valid & (rows.offset < window), rows.offset, window)
-    entries = torch.arange(rows.row.shape[0], device=rows.row.device)
-    return entries.new_zeros(size).scatter_(0, at, entries).view(count, window + 1)[:, :window]
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

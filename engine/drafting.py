@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .batch import LogitRows
 from .decoding.advance import place_drafts
 from .decoding.strategies.verify import MAX_DRAFT
 from .decoding.view import RowView, WindowStatistics
+from .logit_rows import LogitRows
 from .models.decoder import Decoder
 from .models.draft_head import DraftHead
 from .models.linear import Linear

@@ -7,16 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import (
-    ForwardBatch,
-    LogitRows,
-    build_batch,
-    cap_span,
-    concat_spans,
-    draft_rows,
-    segment_rows,
-    window_index,
-)
+from .batch import ForwardBatch, build_batch, cap_span, concat_spans
 from .decoding.advance import advance, guard, row_view
 from .decoding.registry import build_strategies
 from .decoding.strategy import Equipment, Needs, Strategy
@@ -24,21 +15,14 @@ from .decoding.view import Decision, RowView, Span, WindowStatistics
 from .drafting import Drafter
 from .family import FamilyTraits
 from .graphs import ForwardGraphs
+from .groups import Group, no_statistics, span_of, statistics_of, unpack_reports
+from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
 from .params import DecodingParams, SamplingParams
 from .plan import Admission, RowPlan, RowReport, StepPlan
 from .sampling import Sampler, SamplingFlags, to_window
+from .segments import draft_rows, segment_rows
 from .state import RowState, admit_rows, grant_pages, is_greedy
-
-
-@dataclass
-class Group:
-    """Rows [first, last) of a plan: one strategy, one window width."""
-
-    strategy: str
-    first: int
-    last: int
-    window: int
 
 
 @dataclass
@@ -111,15 +95,19 @@ class ModelRunner:
             found = self.sampler.propose(state, hidden, batch.logits, span.seeding, self.decoder.logits, flags)
             statistics = to_window(batch.logits, found, len(plan.rows), width)
         else:
-            statistics = _no_statistics(len(plan.rows), width, state.device)
+            statistics = no_statistics(len(plan.rows), width, state.device)
         row_cost = marginal_cost(len(plan.rows), self.row_share)
         forward = Forward(plan.rows, hidden, batch.layout.query_start, batch.logits, flags, row_cost)
 
         packed = []
         for group, view in zip(groups, views, strict=True):
             view.whole = whole[group.first : group.last]
-            packed.append(self._advance(group, view, _rows(span, group), _cut(statistics, group), forward))
-        return [report for group, table in zip(groups, packed, strict=True) for report in _unpack(table, group.window)]
+            packed.append(self._advance(group, view, span_of(span, group), statistics_of(statistics, group), forward))
+        return [
+            report
+            for group, table in zip(groups, packed, strict=True)
+            for report in unpack_reports(table, group.window)
+        ]
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
         hidden = self.graphs.forward(batch) if self.graphs is not None else None
@@ -296,60 +284,3 @@ def marginal_cost(rows: int, share: float) -> float:
     2 * rows tokens.
     """
     return 2 * rows * share / (1 + 8 * share * rows)
-
-
-def _rows(span: Span, group: Group) -> Span:
-    at = slice(group.first, group.last)
-    return Span(
-        span.run_start[at],
-        span.run_end[at],
-        span.clean_end[at],
-        span.targets[at, : group.window],
-        span.seeding[at],
-        span.opening[at, : group.window],
-        None if span.order is None else span.order[at, : group.window],
-        None if span.segments is None else span.segments[at],
-        None if span.segment_tokens is None else span.segment_tokens[at],
-    )
-
-
-def _cut(statistics: WindowStatistics, group: Group) -> WindowStatistics:
-    at = (slice(group.first, group.last), slice(0, group.window))
-    return WindowStatistics(
-        statistics.candidates[at],
-        statistics.token[at],
-        statistics.confidence[at],
-        None if statistics.entropy is None else statistics.entropy[at],
-        None if statistics.margin is None else statistics.margin[at],
-    )
-
-
-def _no_statistics(rows: int, window: int, device: torch.device) -> WindowStatistics:
-    return WindowStatistics(
-        torch.zeros((rows, window), dtype=torch.bool, device=device),
-        torch.zeros((rows, window), dtype=torch.int64, device=device),
-        torch.full((rows, window), -torch.inf, device=device),
-    )
-
-
-def _unpack(packed: Tensor, window: int) -> list[RowReport]:
-    """The step's one copy to the host."""
-    reports = []
-    for row in packed.tolist():
-        start, final_len, step, run_start, width, targets, segments, finish, prefix = row[:9]
-        reports.append(
-            RowReport(
-                finish=finish,
-                prefix=prefix,
-                window=row[9 : 9 + window],
-                decided=[bool(flag) for flag in row[9 + window :]],
-                next_start=start,
-                next_final_len=final_len,
-                next_step=step,
-                next_run_start=run_start,
-                next_width=width,
-                next_targets=targets,
-                next_segments=segments,
-            )
-        )
-    return reports

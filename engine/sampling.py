@@ -11,9 +11,9 @@ from torch import Tensor
 from linocut.kernels.backend import Backend
 from linocut.kernels.statistics import SamplingRows, VocabStatistics, reference_statistics, vocab_statistics
 
-from .batch import LogitRows
 from .decoding.registry import columns
 from .decoding.view import LogitBias, WindowStatistics
+from .logit_rows import LogitRows
 from .state import RowState
 
 # Logits rows computed at a time: bounds the [rows, vocab] buffer (512 x 152k in bf16 is 156 MB).

@@ -47,6 +47,16 @@ class Picture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str = ""
 
 
+class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Models side by side, under a heading of their own. models: by name, an evaluation.json relative to the facts
+    file. labels: the rows of it that are shown, as the evaluation names them."""
+
+    title: str
+    text: str
+    labels: tuple[str, ...]
+    models: dict[str, str]
+
+
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a card says besides measurements. recipe, cost: pairs of words, in the order of the file."""
 
@@ -63,6 +73,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     cost: dict[str, str | int | float] = {}
     evaluations: tuple[Evaluation, ...] = ()
     plots: tuple[Picture, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
     limits: tuple[str, ...] = ()
 
 
@@ -78,6 +89,10 @@ def write_card(folder: Path, facts_path: Path) -> Path:
     """README.md of `folder` and the plots that have a source, from what the facts name. Raises ConfigError."""
     facts = read_facts(facts_path)
     results = [_read_result(facts_path.parent / evaluation.file) for evaluation in facts.evaluations]
+    compared = [
+        {name: _read_result(facts_path.parent / file) for name, file in comparison.models.items()}
+        for comparison in facts.comparisons
+    ]
     for picture in facts.plots:
         source, target = facts_path.parent / picture.source, folder / picture.file
         if picture.source.endswith(".jsonl"):
@@ -87,7 +102,7 @@ def write_card(folder: Path, facts_path: Path) -> Path:
         elif not target.is_file():
             raise ConfigError(f"the card shows {picture.file}, which is not in {folder}")
     card = folder / "README.md"
-    card.write_text(render_card(facts, results), encoding="utf-8")
+    card.write_text(render_card(facts, results, compared), encoding="utf-8")
     return card
 
 
@@ -134,8 +149,11 @@ def _read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def render_card(facts: Facts, results: Sequence[Mapping[str, Any]]) -> str:
-    """The card as Markdown with the Hugging Face hub's front matter; `results` belong to `facts.evaluations`."""
+def render_card(
+    facts: Facts, results: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Mapping[str, Any]]] = ()
+) -> str:
+    """The card as Markdown with the Hugging Face hub's front matter. `results` belong to `facts.evaluations`,
+    `compared`, by model, to `facts.comparisons`. Raises ConfigError for a row that a result lacks."""
     parts = [front_matter(facts), f"# {facts.name}", facts.summary]
     if facts.use:
         parts += ["## Use", facts.use]
@@ -152,6 +170,8 @@ def render_card(facts: Facts, results: Sequence[Mapping[str, Any]]) -> str:
         parts += ["## Training data", *([facts.data_note] if facts.data_note else []), table]
     if facts.cost:
         parts += ["## Cost", _pairs(facts.cost)]
+    for comparison, models in zip(facts.comparisons, compared, strict=True):
+        parts += [f"## {comparison.title}", comparison.text, _side_by_side(comparison, models)]
     if facts.limits:
         parts += ["## Limits", "\n".join(f"- {limit}" for limit in facts.limits)]
     return "\n\n".join(parts) + "\n"
@@ -164,6 +184,24 @@ def front_matter(facts: Facts) -> str:
     for name, values in (("language", facts.language), ("tags", facts.tags)):
         lines += [f"{name}:", *(f"  - {json.dumps(value)}" for value in values)]
     return "\n".join(["---", *lines, "---"])
+
+
+def _side_by_side(comparison: Comparison, models: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a model, a column a label."""
+    heads = [label.removeprefix("converted/").replace(",", ", ").replace("=", " ") for label in comparison.labels]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, result in models.items():
+        rows = {row["label"]: row for row in result["rows"]}
+        if missing := [label for label in comparison.labels if label not in rows]:
+            raise ConfigError(f"the evaluation of {name} has no row {missing[0]}")
+        cells = [_outcome(rows[label]) for label in comparison.labels]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    legend = "Tokens per forward / NLL under the original / share of texts that are the original's."
+    return "\n".join([*lines, "", legend])
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    return f"{row['tokens_per_forward']:.2f} / {row['nll']:.3f} / {100 * row['same_as_original']:.0f} %"
 
 
 def _headline(result: Mapping[str, Any]) -> list[str]:

@@ -100,6 +100,25 @@ def test_a_card_without_measurements_has_no_results(folder: Path) -> None:
     assert "tokens per forward" not in card
 
 
+def test_models_stand_side_by_side(folder: Path) -> None:
+    rows = [measured("converted", "verify", 1.25, same_as_own=1.0, nll=0.625, same_as_original=0.0)]
+    run(folder, "merged", rows=rows)
+    comparison = {
+        "title": "Kinds",
+        "text": "Trained alike.",
+        "labels": ["converted/verify"],
+        "models": {"gated": "runs/evaluation.json", "merged": "merged/evaluation.json"},
+    }
+    card = write_card(folder, change(folder, comparisons=[comparison])).read_text()
+    section = card.split("## Kinds\n")[1].split("## Limits")[0]
+    assert section.strip().startswith("Trained alike.")
+    assert "| | verify |" in section
+    assert "| gated | 1.50 / 0.500 / 50 % |" in section
+    assert "| merged | 1.25 / 0.625 / 0 % |" in section
+    with pytest.raises(ConfigError, match="merged has no row converted/threshold"):
+        write_card(folder, change(folder, comparisons=[{**comparison, "labels": ["converted/threshold"]}]))
+
+
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
