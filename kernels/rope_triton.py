@@ -20,7 +20,9 @@ def _rotate_heads(
     """
     column = tl.arange(0, BLOCK_HALF)[None, :]
     mask = (head < heads) & (column < HALF)
-    rounded, dtype = cos.dtype, out_ptr.dtype.element_ty
+    # A tuple would make the compiler unpack dtypes as values, which it cannot.
+    rounded = cos.dtype
+    dtype = out_ptr.dtype.element_ty
     cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     first = tl.load(x_ptr + head * x_head + column, mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + head * x_head + HALF + column, mask, other=0.0).to(tl.float32)
