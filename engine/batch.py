@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,11 +13,10 @@ from linocut.kernels.attention import AttentionLayout
 from .decoding.registry import strategy_classes
 from .decoding.view import Span
 from .family import FamilyTraits
+from .layout import StepInputs, StepShape
 from .logit_rows import LogitRows
-from .plan import RowPlan
 from .segments import scratch_rows
 from .state import RowState
-from .transfer import to_device
 
 
 @dataclass
@@ -114,26 +112,24 @@ def cap_span(span: Span, caps: Tensor) -> tuple[Span, Tensor]:
 
 
 def build_batch(
-    state: RowState, rows: list[RowPlan], slots: Tensor, span: Span, start: Tensor, traits: FamilyTraits, page_size: int
+    state: RowState,
+    shape: StepShape,
+    inputs: StepInputs,
+    span: Span,
+    start: Tensor,
+    traits: FamilyTraits,
+    page_size: int,
+    lengths: list[int] | None,
 ) -> ForwardBatch:
     """Lay the rows' spans out as one flat batch, each row's draft segments behind its span.
 
-    rows: the plan (host). slots: [rows] int64 state slots. span: capped spans. start: [rows] first window positions.
-    The layout's sizes come from the plan, so that nothing waits for the device.
+    span: capped spans. start: [rows] first window positions. lengths: positions of each row, where the host knows them.
     """
-    device = state.device
-    widths = np.array([row.width + row.scratch for row in rows])
-    first = np.concatenate([[0], np.cumsum(widths)])
-    row_of = to_device(np.repeat(np.arange(len(rows)), widths), device)
-    offset = to_device((np.arange(first[-1]) - np.repeat(first[:-1], widths)).astype(np.int32), device)
-    query_start = to_device(first.astype(np.int32), device)
-
+    slots, row_of, offset = inputs.slots, inputs.row_of, inputs.offset
     places = span.run_start[row_of] + offset
     inside = places < span.run_end[row_of]
     positions = places
     slot_of = slots[row_of]
-    strategies = strategy_classes()
-    on_grid = [not strategies[row.strategy].frontier for row in rows]
     noisy = None
     if traits.context == "full":
         visible = state.canvas[slot_of]
@@ -141,9 +137,10 @@ def build_batch(
         visible = _block_end(state, slot_of, places)
     else:
         visible = places + 1
-        if any(on_grid):
+        strategies = strategy_classes()
+        if any(not strategies[group.strategy].frontier for group in shape.groups):
             # Rows of a block that is not final see all of it.
-            noisy = to_device(np.array(on_grid), device)[row_of] & (places >= span.clean_end[row_of])
+            noisy = (inputs.on_grid[row_of] > 0) & (places >= span.clean_end[row_of])
             visible = torch.where(noisy, _block_end(state, slot_of, places), visible)
     if span.order is not None:
         # A window fed in another order: K/V stands where a row is fed, so it sees what was fed before it.
@@ -152,8 +149,8 @@ def build_batch(
         fed = span.order[row_of, nth.clamp(0, span.order.shape[1] - 1).long()]
         positions = torch.where(within, start[row_of] + fed.int(), places)
     scratch = None
-    if span.segments is not None and any(row.scratch for row in rows):
-        scratch = scratch_rows(rows, row_of, offset, span, start, traits.mask_id or 0)
+    if span.segments is not None and shape.scratch:
+        scratch = scratch_rows(inputs, span, start, traits.mask_id or 0)
         inside = torch.where(scratch.here, scratch.used, inside)
         places = torch.where(scratch.here, scratch.place, places)
         positions = torch.where(scratch.here, scratch.position, positions)
@@ -166,19 +163,18 @@ def build_batch(
     ids = state.tokens[slot_of, torch.where(inside, positions, 0).long()]
     if scratch is not None:
         ids = torch.where(scratch.here, traits.mask_id or 0 if scratch.ids is None else scratch.ids, ids)
-    end = max(row.end for row in rows)
     layout = AttentionLayout(
-        query_start=query_start,
-        page_table=state.page_table[slots, : -(-end // page_size)],
+        query_start=inputs.query_start,
+        page_table=state.page_table[slots, : -(-shape.visible // page_size)],
         visible=torch.where(inside, visible, 0).int(),
         scratch_start=None if scratch is None else torch.where(scratch.used, scratch.first, 0).int(),
         scratch_end=None if scratch is None else torch.where(scratch.used, scratch.end, 0).int(),
-        max_query=int(widths.max()),
-        max_visible=end,
-        query_lengths=widths.tolist(),
+        max_query=shape.query,
+        max_visible=shape.visible,
+        query_lengths=lengths,
         page_size=page_size,
     )
-    logits = _logit_rows(rows, slots, span, start, query_start, traits)
+    logits = _logit_rows(inputs, span, start, traits) if shape.logits else None
     return ForwardBatch(ids, torch.where(inside, positions, 0), flat.int(), layout, noisy, logits)
 
 
@@ -188,30 +184,18 @@ def _block_end(state: RowState, slot: Tensor, places: Tensor) -> Tensor:
     return origin + (torch.div(places - origin, block, rounding_mode="floor") + 1) * block
 
 
-def _logit_rows(
-    rows: list[RowPlan], slots: Tensor, span: Span, start: Tensor, query_start: Tensor, traits: FamilyTraits
-) -> LogitRows | None:
-    counts = np.array([row.targets for row in rows])
-    total = int(counts.sum())
-    if not total:
-        return None
-    device = slots.device
-    first = np.concatenate([[0], np.cumsum(counts)])[:-1]
-    row = to_device(np.repeat(np.arange(len(rows)), counts), device)
-    nth = to_device(np.arange(total) - np.repeat(first, counts), device)
+def _logit_rows(inputs: StepInputs, span: Span, start: Tensor, traits: FamilyTraits) -> LogitRows:
+    row, nth = inputs.logit_row, inputs.logit_nth
     # Targets first, in order: the nth target of a row is the nth entry of this permutation.
     order = torch.sort((~span.targets).to(torch.uint8), dim=1, stable=True).indices
-    offset = order[row, nth]
+    offset = order[row, nth.clamp(max=order.shape[1] - 1)]
     valid = nth < span.targets.sum(dim=1)[row]
     position = start[row] + offset.int()
-    shift: int | Tensor = 1
-    if traits.logit_source == "own":
-        # What follows a frontier comes from the row before it, whatever the source of drafts and blocks.
-        strategies = strategy_classes()
-        shift = to_device(np.array([int(strategies[r.strategy].refeeds) for r in rows], np.int32), device)[row]
+    # What follows a frontier comes from the row before it, whatever the source of drafts and blocks.
+    shift = inputs.refeeds[row] if traits.logit_source == "own" else 1
     fed = position
     if span.order is not None:
         fed = start[row] + span.order.argsort(dim=1)[row, offset].int()
     within = torch.clamp(fed - shift - span.run_start[row], min=0)
-    source = torch.where(valid, query_start[row] + within, 0).long()
-    return LogitRows(source, row, slots[row], offset, position, valid)
+    source = torch.where(valid, inputs.query_start[row] + within, 0).long()
+    return LogitRows(source, row, inputs.slots[row], offset, position, valid)

@@ -1,140 +1,73 @@
-"""CUDA graphs of the forward: a decode step launches one graph instead of some three hundred kernels."""
+"""CUDA graphs of whole steps: one launch in place of some thousand kernels."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from linocut.kernels.attention import AttentionLayout
+from .layout import StepInputs, StepLayout, StepShape, array_size, step_inputs
 
-from .batch import ForwardBatch
-from .models.decoder import Decoder, KVCache
-
-# Larger forwards are prefill: there the device is the slower side anyway.
+# Larger steps are not captured.
 MAX_TOKENS = 1024
 # Graphs kept; the least recently used one goes first.
-MAX_GRAPHS = 64
+MAX_GRAPHS = 256
 
-
-@dataclass(frozen=True)
-class Bucket:
-    """Sizes a graph is captured for; a batch runs in the smallest one that holds it."""
-
-    tokens: int
-    rows: int
-    query: int
-    visible: int
-    noisy: bool
-
-
-def bucket_of(tokens: int, rows: int, query: int, visible: int, noisy: bool) -> Bucket:
-    """Few sizes, so that serving soon has met all of them: two token counts for each power of two, bounds far apart.
-
-    A row count that is too high costs empty page table rows, a query or context bound that is too high costs programs
-    that return at once.
-    """
-    step = 1 << max((tokens - 1).bit_length() - 2, 0)
-    return Bucket(-(-tokens // step) * step, _power(rows, 4), _power(query, 8), _power(visible, 4, least=512), noisy)
-
-
-def _power(value: int, base: int = 2, least: int = 1) -> int:
-    """The least power of `base`, times `least`, that is not below `value`."""
-    size = least
-    while size < value:
-        size *= base
-    return size
+Step = Callable[[StepShape, StepInputs], Tensor]
 
 
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    batch: ForwardBatch
-    hidden: Tensor
+    array: Tensor
+    result: Tensor
 
 
-class ForwardGraphs:
-    """`Decoder.forward` by replay. Padding rows own no queries; padding tokens write to page 0 and see nothing."""
+class StepGraphs:
+    """Runs `step` by replay where a step of the same shape has run before.
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self._decoder, self._cache = decoder, cache
-        self._captured: OrderedDict[Bucket, _Captured] = OrderedDict()
+    The first step of a shape is left to the caller: it compiles kernels and gives libraries their workspaces. The
+    second one is captured.
+    """
+
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._captured: OrderedDict[object, _Captured] = OrderedDict()
+        self._seen: OrderedDict[object, None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def forward(self, batch: ForwardBatch) -> Tensor | None:
-        """Hidden states [>= tokens, hidden], valid until the next call; None if the batch is too large for a graph."""
-        tokens, layout = batch.ids.shape[0], batch.layout
-        if tokens > MAX_TOKENS:
-            return None
-        noisy = batch.noisy is not None
-        bucket = bucket_of(tokens, layout.page_table.shape[0], layout.max_query, layout.max_visible, noisy)
-        captured = self._captured.get(bucket)
-        if captured is None:
-            captured = self._capture(bucket)
-        self._captured.move_to_end(bucket)
-        _fill(captured.batch, batch)
-        captured.graph.replay()
-        return captured.hidden
+    def run(self, layout: StepLayout, version: object) -> Tensor | None:
+        """The step's result, valid until the next call; None if the caller has to run it.
 
-    def _capture(self, bucket: Bucket) -> _Captured:
+        version: of all tensors that the step reads and writes beside its inputs; graphs of others are not used.
+        """
+        shape = layout.shape
+        if shape.tokens > MAX_TOKENS:
+            return None
+        key = (shape, version)
+        captured = self._captured.get(key)
+        if captured is None:
+            if key not in self._seen:
+                self._seen[key] = None
+                if len(self._seen) > 4 * MAX_GRAPHS:
+                    self._seen.popitem(last=False)
+                return None
+            captured = self._capture(key, shape)
+        self._captured.move_to_end(key)
+        captured.array.copy_(torch.from_numpy(layout.array).pin_memory(), non_blocking=True)
+        captured.graph.replay()
+        return captured.result
+
+    def _capture(self, key: object, shape: StepShape) -> _Captured:
         while len(self._captured) >= MAX_GRAPHS:
             self._captured.popitem(last=False)
-        batch = _static_batch(bucket, self._cache.page_size, self._cache.keys[0].device)
-        # Once outside the graph, so that kernels are compiled and libraries have their workspaces.
-        self._run(batch)
+        array = torch.zeros(array_size(shape), dtype=torch.int32, device=self._device)
         torch.cuda.synchronize()
-        # What the warm-up derived from the layout must be derived again inside the graph, at every replay.
-        batch.layout.plans.clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            hidden = self._run(batch)
-        self._captured[bucket] = captured = _Captured(graph, batch, hidden)
+            result = self._step(shape, step_inputs(array, shape))
+        self._captured[key] = captured = _Captured(graph, array, result)
         return captured
-
-    def _run(self, batch: ForwardBatch) -> Tensor:
-        return self._decoder.forward(batch.ids, batch.positions, batch.slots, self._cache, batch.layout, batch.noisy)
-
-
-def _static_batch(bucket: Bucket, page_size: int, device: torch.device) -> ForwardBatch:
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    layout = AttentionLayout(
-        query_start=zeros(bucket.rows + 1),
-        page_table=zeros(bucket.rows, -(-bucket.visible // page_size)),
-        visible=zeros(bucket.tokens),
-        scratch_start=zeros(bucket.tokens) if bucket.noisy else None,
-        scratch_end=zeros(bucket.tokens) if bucket.noisy else None,
-        max_query=bucket.query,
-        max_visible=bucket.visible,
-        page_size=page_size,
-    )
-    noisy = zeros(bucket.tokens).bool() if bucket.noisy else None
-    return ForwardBatch(zeros(bucket.tokens), zeros(bucket.tokens), zeros(bucket.tokens), layout, noisy, None)
-
-
-def _fill(static: ForwardBatch, batch: ForwardBatch) -> None:
-    tokens, rows = batch.ids.shape[0], batch.layout.page_table.shape[0]
-    static.ids[:tokens].copy_(batch.ids)
-    static.positions[:tokens].copy_(batch.positions)
-    static.slots[:tokens].copy_(batch.slots)
-    static.slots[tokens:].zero_()
-    static.layout.visible[:tokens].copy_(batch.layout.visible)
-    static.layout.visible[tokens:].zero_()
-    if static.noisy is not None and batch.noisy is not None:
-        static.noisy[:tokens].copy_(batch.noisy)
-        static.noisy[tokens:].zero_()
-    for there, here in (
-        (static.layout.scratch_start, batch.layout.scratch_start),
-        (static.layout.scratch_end, batch.layout.scratch_end),
-    ):
-        if there is not None:
-            there.zero_()
-            if here is not None:
-                there[:tokens].copy_(here)
-    static.layout.query_start[: rows + 1].copy_(batch.layout.query_start)
-    static.layout.query_start[rows + 1 :].fill_(tokens)
-    pages = batch.layout.page_table.shape[1]
-    static.layout.page_table[:rows, :pages].copy_(batch.layout.page_table)

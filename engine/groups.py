@@ -1,24 +1,12 @@
-"""The rows of one strategy in a plan, and their part of what a forward gives."""
+"""The part of a group in what a forward gives, and its rows' reports."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from .decoding.view import Span, WindowStatistics
+from .layout import Group
 from .plan import RowReport
-
-
-@dataclass
-class Group:
-    """Rows [first, last) of a plan: one strategy, one window width."""
-
-    strategy: str
-    first: int
-    last: int
-    window: int
 
 
 def span_of(span: Span, group: Group) -> Span:
@@ -55,24 +43,24 @@ def no_statistics(rows: int, window: int, device: torch.device) -> WindowStatist
     )
 
 
-def unpack_reports(packed: Tensor, window: int) -> list[RowReport]:
-    """The step's one copy to the host."""
-    reports = []
-    for row in packed.tolist():
-        start, final_len, step, run_start, width, targets, segments, finish, prefix = row[:9]
-        reports.append(
-            RowReport(
-                finish=finish,
-                prefix=prefix,
-                window=row[9 : 9 + window],
-                decided=[bool(flag) for flag in row[9 + window :]],
-                next_start=start,
-                next_final_len=final_len,
-                next_step=step,
-                next_run_start=run_start,
-                next_width=width,
-                next_targets=targets,
-                next_segments=segments,
-            )
-        )
-    return reports
+def report_width(window: int) -> int:
+    """Numbers in a row's report."""
+    return 9 + 2 * window
+
+
+def unpack_report(row: list[int], window: int) -> RowReport:
+    """row: [report_width(window)], as `ModelRunner._advance` packs it."""
+    start, final_len, step, run_start, width, targets, segments, finish, prefix = row[:9]
+    return RowReport(
+        finish=finish,
+        prefix=prefix,
+        window=row[9 : 9 + window],
+        decided=[bool(flag) for flag in row[9 + window :]],
+        next_start=start,
+        next_final_len=final_len,
+        next_step=step,
+        next_run_start=run_start,
+        next_width=width,
+        next_targets=targets,
+        next_segments=segments,
+    )

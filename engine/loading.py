@@ -21,7 +21,7 @@ from .config import EngineConfig
 from .decoding.filter import FILE as FILTER_FILE
 from .decoding.filter import read_filter
 from .decoding.parameters import resolve
-from .decoding.registry import offered
+from .decoding.registry import offered, strategy_classes
 from .decoding.strategy import Equipment
 from .errors import ConfigError, ModelError, ParameterError
 from .family import FamilyTraits, family_from_config
@@ -132,15 +132,17 @@ def load_model(config: EngineConfig) -> LoadedModel:
         raise ConfigError(f"token_budget {token_budget} is less than the widest row, {widest} positions")
     length = max_model_len + traits.overhang + 2 * FIRST_DRAFT
     table = -(-length // config.page_size)
-    state = allocate_state(max_running, length, table, device)
+    # Behind the rows of sequences, an idle one for each strategy.
+    state = allocate_state(max_running + len(strategy_classes()), length, table, device)
     cache = allocate_cache(backbone, pages, config.page_size, dtype, device)
     runner = ModelRunner(
         decoder,
         cache,
         state,
         traits,
+        rows=max_running,
         reference=config.numerics == "reference",
-        graphs=device.type == "cuda" and backend == "triton" and not config.eager,
+        graphs=device.type == "cuda" and backend == "triton" and config.numerics == "fast" and not config.eager,
         row_share=row_share(device, dtype, config.quantization),
         equipment=Equipment(read_filter(folder, device)),
     )

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .batch import ForwardBatch, build_batch, cap_span, concat_spans
+from .batch import build_batch, cap_span, concat_spans
 from .decoding.advance import advance, guard, row_view
 from .decoding.registry import build_strategies
 from .decoding.strategy import Equipment, Needs, Strategy
 from .decoding.view import Decision, RowView, Span, WindowStatistics
 from .drafting import Drafter
 from .family import FamilyTraits
-from .graphs import ForwardGraphs
-from .groups import Group, no_statistics, span_of, statistics_of, unpack_reports
+from .graphs import MAX_TOKENS, StepGraphs
+from .groups import no_statistics, report_width, span_of, statistics_of, unpack_report
+from .layout import Group, StepInputs, StepLayout, StepShape, lay_out, step_inputs
 from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
 from .params import DecodingParams, SamplingParams
-from .plan import Admission, RowPlan, RowReport, StepPlan
+from .plan import Admission, RowReport, StepPlan
 from .sampling import Sampler, SamplingFlags, to_window
 from .segments import draft_rows, segment_rows
 from .state import RowState, admit_rows, grant_pages, is_greedy
+from .transfer import to_device
 
 
 @dataclass
 class Forward:
-    """What a step's forward leaves for its groups. hidden: [tokens, hidden]; query_start: [rows + 1]."""
+    """What a step's forward leaves for its groups. hidden: [tokens, hidden]."""
 
-    rows: list[RowPlan]
+    shape: StepShape
+    inputs: StepInputs
     hidden: Tensor
-    query_start: Tensor
     logits: LogitRows | None
-    flags: SamplingFlags
-    row_cost: float
 
 
 class ModelRunner:
     """Holds the weights, the K/V pages and the row state of one device, and turns plans into reports.
 
-    row_share: how much longer a forward takes for one more position (see `marginal_cost`).
+    rows: slots of the state that plans name; those behind them are for idle rows, one of each strategy. graphs: run
+    steps as CUDA graphs. row_share: how much longer a forward takes for one more position (see `marginal_cost`).
 
     Within `execute` nothing waits for the device; the one copy to the host is the report at its end.
     """
@@ -52,13 +53,16 @@ class ModelRunner:
         state: RowState,
         traits: FamilyTraits,
         *,
+        rows: int,
         reference: bool,
         graphs: bool = False,
         row_share: float = 0.003,
         equipment: Equipment | None = None,
     ) -> None:
         self.decoder, self.cache, self.state, self.traits = decoder, cache, state, traits
-        self.graphs = ForwardGraphs(decoder, cache) if graphs else None
+        self.graphs = StepGraphs(self.step, state.device) if graphs else None
+        # Whether sizes of small steps are rounded up.
+        self.rounding = graphs
         self.row_share = row_share
         self.reference = reference
         self.strategies = build_strategies(reference, equipment)
@@ -68,6 +72,8 @@ class ModelRunner:
         self.drafter = Drafter(decoder, self.sampler)
         self._flags: dict[int, SamplingFlags] = {}
         self._windows: dict[int, int] = {}
+        self._idle: dict[str, int] = {}
+        self._spare = list(range(rows, state.start.shape[0]))
         # What preempted rows' strategies remembered, by the key of the sequence.
         self._kept: dict[int, dict[str, Tensor]] = {}
 
@@ -77,45 +83,68 @@ class ModelRunner:
         self._admit(plan)
         if not plan.rows:
             return []
+        layout = self._lay_out(plan)
+        packed = self.graphs.run(layout, self._state_version()) if self.graphs is not None else None
+        if packed is None:
+            inputs = step_inputs(to_device(layout.array, self.state.device), layout.shape)
+            packed = self.step(layout.shape, inputs, layout.lengths)
+        numbers = packed.tolist()
+        reports, first = [], 0
+        for group in layout.shape.groups:
+            width = report_width(group.window)
+            size = width * (group.last - group.first)
+            reports += [
+                unpack_report(numbers[at : at + width], group.window) for at in range(first, first + size, width)
+            ]
+            first += size
+        return [reports[place] for place in layout.places]
+
+    def step(self, shape: StepShape, inputs: StepInputs, lengths: list[int] | None = None) -> Tensor:
+        """One forward and what follows from it, on the device alone. Returns the packed reports of all rows, flat.
+
+        Depends on nothing of the host but `shape`, so that it can be captured. lengths: positions of each row, which
+        spare a CPU the question.
+        """
         state, traits = self.state, self.traits
-        slots = self._ints([row.slot for row in plan.rows]).long()
-        groups = self._groups(plan.rows)
-        views = [row_view(state, slots[g.first : g.last], g.window) for g in groups]
-        spans = [self.strategies[g.strategy].plan(v, traits) for g, v in zip(groups, views, strict=True)]
-        span, whole = cap_span(concat_spans(spans), self._ints([row.width for row in plan.rows]))
+        views = [row_view(state, inputs.slots[g.first : g.last], g.window) for g in shape.groups]
+        spans = [self.strategies[g.strategy].plan(v, traits) for g, v in zip(shape.groups, views, strict=True)]
+        span, whole = cap_span(concat_spans(spans), inputs.width)
         start = torch.cat([view.start for view in views]) if len(views) > 1 else views[0].start
 
-        batch = build_batch(state, plan.rows, slots, span, start, traits, self.cache.page_size)
-        hidden = self._forward(batch)
+        batch = build_batch(state, shape, inputs, span, start, traits, self.cache.page_size, lengths)
+        hidden = self.decoder.forward(batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy)
         width = span.targets.shape[1]
+        if batch.logits is not None:
+            to_logits = self.decoder.logits
+            found = self.sampler.propose(state, hidden, batch.logits, span.seeding, to_logits, shape.flags)
+            statistics = to_window(batch.logits, found, shape.rows, width)
+        else:
+            statistics = no_statistics(shape.rows, width, state.device)
+        forward = Forward(shape, inputs, hidden, batch.logits)
+
+        packed = []
+        for group, view in zip(shape.groups, views, strict=True):
+            view.whole = whole[group.first : group.last]
+            packed.append(self._advance(group, view, span_of(span, group), statistics_of(statistics, group), forward))
+        return torch.cat([table.flatten() for table in packed]) if len(packed) > 1 else packed[0].flatten()
+
+    def _lay_out(self, plan: StepPlan) -> StepLayout:
         flags = SamplingFlags()
         for some in {self._flags[row.slot] for row in plan.rows}:
             flags |= some
-        if batch.logits is not None:
-            found = self.sampler.propose(state, hidden, batch.logits, span.seeding, self.decoder.logits, flags)
-            statistics = to_window(batch.logits, found, len(plan.rows), width)
-        else:
-            statistics = no_statistics(len(plan.rows), width, state.device)
-        row_cost = marginal_cost(len(plan.rows), self.row_share)
-        forward = Forward(plan.rows, hidden, batch.layout.query_start, batch.logits, flags, row_cost)
+        # Larger forwards are prefill: there the device is the slower side anyway, and padding would cost.
+        small = sum(row.width + row.scratch for row in plan.rows) <= MAX_TOKENS
+        return lay_out(
+            plan.rows,
+            [self._windows[row.slot] for row in plan.rows],
+            flags,
+            marginal_cost(len(plan.rows), self.row_share),
+            self._idle.__getitem__ if self.rounding and small else None,
+        )
 
-        packed = []
-        for group, view in zip(groups, views, strict=True):
-            view.whole = whole[group.first : group.last]
-            packed.append(self._advance(group, view, span_of(span, group), statistics_of(statistics, group), forward))
-        return [
-            report
-            for group, table in zip(groups, packed, strict=True)
-            for report in unpack_reports(table, group.window)
-        ]
-
-    def _forward(self, batch: ForwardBatch) -> Tensor:
-        hidden = self.graphs.forward(batch) if self.graphs is not None else None
-        if hidden is None:
-            hidden = self.decoder.forward(
-                batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy
-            )
-        return hidden
+    def _state_version(self) -> tuple[int, ...]:
+        """Changes when a tensor of the state is replaced, or a new one is there."""
+        return self.state.stops.shape[1], len(self.state.memory)
 
     def _advance(
         self,
@@ -125,20 +154,21 @@ class ModelRunner:
         statistics: WindowStatistics,
         forward: Forward,
     ) -> Tensor:
-        """Decide and advance one group; returns its packed report, [rows, 9 + 2 W] int32."""
+        """Decide and advance one group; returns its packed reports, [rows, 9 + 2 W] int32."""
         strategy = self.strategies[group.strategy]
         if self.traits.commit_opens and not strategy.frontier:
             # Clean rows are the autoregressive model: what they say stands.
             statistics.confidence.masked_fill_(statistics.candidates & span.opening, torch.inf)
             head, logits = self.decoder.draft_head, forward.logits
             if head is not None and logits is not None:
-                index = window_index(logits, len(forward.rows), group.window)[group.first : group.last]
+                flags = forward.shape.flags
+                index = window_index(logits, forward.shape.rows, group.window)[group.first : group.last]
                 statistics = self.drafter.couple(
-                    head, self.state, forward.hidden, logits, forward.flags, view, statistics, span.opening, index
+                    head, self.state, forward.hidden, logits, flags, view, statistics, span.opening, index
                 )
         if strategy.biased and forward.logits is not None:
             statistics = self._biased(strategy, group, view, span, statistics, forward)
-        if span.segment_tokens is not None and span.segments is not None:
+        if span.segment_tokens is not None and span.segments is not None and group.segments:
             statistics.segments = self._segment_statistics(group, view, span.segments, forward)
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
         outcome = advance(self.state, view, span, decision, self.traits, strategy, self.stop_at_block_end)
@@ -146,7 +176,7 @@ class ModelRunner:
             self._draft(group, view, span.segments, decision, decision.accepted, forward)
         # The load changes from step to step; a plan that the host has been told of must not.
         asked = view.parameters["row_cost"]
-        self.state.row_cost[view.slots] = torch.where(asked < 0, forward.row_cost, asked)
+        self.state.row_cost[view.slots] = torch.where(asked < 0, forward.inputs.row_cost, asked)
         after = row_view(self.state, view.slots, group.window)
         coming = strategy.plan(after, self.traits)
         columns = [
@@ -170,15 +200,13 @@ class ModelRunner:
         forward: Forward,
     ) -> None:
         whole = view.whole
-        plan = forward.rows[group.first : group.last]
-        if not any(row.segments for row in plan):
+        if not group.segments:
             self.state.drafts[view.slots] = torch.where(whole, 0, view.drafts)
             return
         lead = 0 if self.traits.logit_source == "previous" else 1
-        first = forward.query_start[group.first : group.last]
-        rows = draft_rows(plan, view.slots, segments, view.start, first, accepted, lead)
+        rows = draft_rows(group, forward.inputs, view.slots, segments, view.start, accepted, lead)
         last = decision.tokens.gather(1, accepted[:, None])[:, 0]
-        self.drafter.draft(self.state, forward.hidden, rows, forward.flags, view.slots, last, whole)
+        self.drafter.draft(self.state, forward.hidden, rows, forward.shape.flags, view.slots, last, whole)
 
     def _biased(
         self,
@@ -192,7 +220,7 @@ class ModelRunner:
         """Statistics of the group once more, from logits that the strategy has changed."""
         assert forward.logits is not None
         rows, window = group.last - group.first, group.window
-        index = window_index(forward.logits, len(forward.rows), window)[group.first : group.last].flatten()
+        index = window_index(forward.logits, forward.shape.rows, window)[group.first : group.last].flatten()
         asked = forward.logits.at(index)
         places = torch.arange(rows * window, device=index.device)
         # An entry for every position of the window; those that were not asked about say nothing.
@@ -200,22 +228,17 @@ class ModelRunner:
         asked.slot, asked.valid = view.slots[asked.row], statistics.candidates.flatten()
         bias = strategy.bias(view, statistics).flat()
         found = self.sampler.propose(
-            self.state, forward.hidden, asked, span.seeding, self.decoder.logits, forward.flags, bias
+            self.state, forward.hidden, asked, span.seeding, self.decoder.logits, forward.shape.flags, bias
         )
         return to_window(asked, found, rows, window)
 
-    def _segment_statistics(
-        self, group: Group, view: RowView, segments: Tensor, forward: Forward
-    ) -> WindowStatistics | None:
-        """Of all rows of the segments that ran, on a grid of [rows, S * L]; None where none ran."""
-        plan = forward.rows[group.first : group.last]
-        if not any(row.segments for row in plan):
-            return None
-        first = forward.query_start[group.first : group.last]
+    def _segment_statistics(self, group: Group, view: RowView, segments: Tensor, forward: Forward) -> WindowStatistics:
+        """Of all rows of the segments that ran, on a grid of [rows, S * L]."""
         shift = 1 if self.traits.logit_source == "previous" else 0
-        rows = segment_rows(plan, view.slots, segments, view.start, first, shift)
-        found = self.sampler.propose(self.state, forward.hidden, rows, None, self.decoder.logits, forward.flags)
-        return to_window(rows, found, len(plan), rows.source.shape[0] // len(plan))
+        rows = segment_rows(group, forward.inputs, view.slots, segments, view.start, shift)
+        flags, count = forward.shape.flags, group.last - group.first
+        found = self.sampler.propose(self.state, forward.hidden, rows, None, self.decoder.logits, flags)
+        return to_window(rows, found, count, rows.source.shape[0] // count)
 
     def _admit(self, plan: StepPlan) -> None:
         for slot, key in plan.keeps:
@@ -224,7 +247,8 @@ class ModelRunner:
             self._kept.pop(key, None)
         for row in plan.admissions:
             self._remember(row)
-        admit_rows(self.state, plan.admissions, self.traits.stop_ids, self.traits.mask_id)
+        admissions = [*plan.admissions, *self._idle_rows(plan.admissions)]
+        admit_rows(self.state, admissions, self.traits.stop_ids, self.traits.mask_id)
         for row in plan.admissions:
             for name, value in self._kept.pop(row.key, {}).items():
                 self.state.memory[name][row.slot] = value
@@ -246,21 +270,16 @@ class ModelRunner:
                 shape = (state.start.shape[0], *memory.shape)
                 state.memory[name] = torch.zeros(shape, dtype=memory.dtype, device=state.device)
 
-    def _groups(self, rows: list[RowPlan]) -> list[Group]:
-        groups: list[Group] = []
-        for index, row in enumerate(rows):
-            window = self._windows[row.slot]
-            if groups and groups[-1].strategy == row.strategy:
-                groups[-1].last = index + 1
-                groups[-1].window = max(groups[-1].window, window)
-            else:
-                groups.append(Group(row.strategy, index, index + 1, window))
-        return groups
-
-    def _ints(self, values: list[int]) -> Tensor:
-        tensor = torch.tensor(values, dtype=torch.int32)
-        device = self.state.device
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    def _idle_rows(self, admissions: list[Admission]) -> list[Admission]:
+        """A row for each strategy that comes for the first time, with nothing to do: steps are filled up with it."""
+        made = []
+        for row in admissions if self.rounding else ():
+            if row.decoding.strategy not in self._idle:
+                self._idle[row.decoding.strategy] = slot = self._spare.pop()
+                start = row.geometry.start(1)
+                idle = replace(row, slot=slot, tokens=row.tokens[:1], prompt_len=1, limit=2, suffix=[], key=-1)
+                made.append(replace(idle, final_len=0, start=start, step=0, window=[], decided=[], choice=0))
+        return made
 
 
 def _flags(sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy) -> SamplingFlags:

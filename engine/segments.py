@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .decoding.view import Span
+from .layout import Group, StepInputs
 from .logit_rows import LogitRows
-from .plan import RowPlan
-from .transfer import to_device
 
 
 @dataclass
@@ -30,13 +28,10 @@ class Scratch:
     end: Tensor
 
 
-def scratch_rows(
-    rows: list[RowPlan], row_of: Tensor, offset: Tensor, span: Span, start: Tensor, mask_id: int
-) -> Scratch:
+def scratch_rows(inputs: StepInputs, span: Span, start: Tensor, mask_id: int) -> Scratch:
     assert span.segments is not None
-    device = offset.device
-    width = to_device(np.array([row.width for row in rows], np.int32), device)[row_of]
-    length = to_device(np.array([max(row.segment, 1) for row in rows], np.int32), device)[row_of]
+    row_of, offset = inputs.row_of, inputs.offset
+    width, length = inputs.width[row_of], inputs.segment[row_of]
     here = offset >= width
     behind = torch.where(here, offset - width, 0)
     index = behind // length
@@ -55,26 +50,22 @@ def scratch_rows(
 
 
 def draft_rows(
-    rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Tensor, query_start: Tensor, seen: Tensor, lead: int
+    group: Group, inputs: StepInputs, slots: Tensor, segments: Tensor, start: Tensor, seen: Tensor, lead: int
 ) -> LogitRows:
     """The masks of the draft segment of each row that sees `seen` drafts, its proposals behind the next token.
 
-    rows: the plan's, of a group; slots, start, query_start, seen: [rows]; segments: [rows, S] (see Span). lead: masks
-    of a segment that propose nothing. Returns rows * M entries for the longest draft M of the group; those of rows
-    whose draft is shorter, or that ran no such segment, are not valid.
+    inputs: of the step; slots, start, seen: [rows of the group]; segments: [rows, S] (see Span). lead: masks of a
+    segment that propose nothing. Returns rows * M entries for the longest draft M of the group; those of rows whose
+    draft is shorter, or that ran no such segment, are not valid.
     """
-    device = start.device
-    length = to_device(np.array([max(row.segment, 1) for row in rows]), device)
-    ran = to_device(np.array([row.segments for row in rows]), device)
-    width = to_device(np.array([row.width for row in rows]), device)
-    longest = max(row.segment for row in rows) - lead
+    length, ran, behind = _of_group(group, inputs)
     index = (segments == seen[:, None]).int().argmax(dim=1)
     found = (segments == seen[:, None]).any(dim=1) & (index < ran)
-    nth = torch.arange(longest, device=device)
+    nth = torch.arange(group.segment - lead, device=start.device)
     valid = found[:, None] & (nth < length[:, None] - lead)
-    source = (query_start + width + index * length)[:, None] + lead + nth
+    source = (behind + index * length)[:, None] + lead + nth
     position = (start + seen + 1)[:, None] + nth
-    row = torch.arange(len(rows), device=device)[:, None].expand_as(source)
+    row = torch.arange(slots.shape[0], device=start.device)[:, None].expand_as(source)
     return LogitRows(
         torch.where(valid, source, 0).flatten(),
         row.flatten(),
@@ -86,24 +77,23 @@ def draft_rows(
 
 
 def segment_rows(
-    rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Tensor, query_start: Tensor, shift: int
+    group: Group, inputs: StepInputs, slots: Tensor, segments: Tensor, start: Tensor, shift: int
 ) -> LogitRows:
-    """All rows of the draft segments of a group, rows * S * L entries for the most S and the longest L of the plan.
+    """All rows of the draft segments of a group, rows * S * L entries for the most S and the longest L of the group.
 
-    slots, start, query_start: [rows]; segments: [rows, S] (see Span). Offsets count through a row's segments. shift: a
-    row predicts its own position (0) or the next one (1; the first position of a segment is then predicted by none).
+    inputs: of the step; slots, start: [rows of the group]; segments: [rows, S] (see Span). Offsets count through a
+    row's segments. shift: a row predicts its own position (0) or the next one (1; the first position of a segment is
+    then predicted by none).
     """
     device = start.device
-    most, longest = max(row.segments for row in rows), max(row.segment for row in rows)
-    length = to_device(np.array([max(row.segment, 1) for row in rows]), device)[:, None, None]
-    ran = to_device(np.array([row.segments for row in rows]), device)[:, None, None]
-    width = to_device(np.array([row.width for row in rows]), device)[:, None, None]
+    most, longest = min(group.segments, segments.shape[1]), group.segment
+    length, ran, behind = (column[:, None, None] for column in _of_group(group, inputs))
     index = torch.arange(most, device=device)[None, :, None]
     nth = torch.arange(longest, device=device)[None, None, :]
     valid = (index < ran) & (nth >= shift) & (nth < length) & (segments[:, :most, None] >= 0)
-    source = query_start[:, None, None] + width + index * length + nth - shift
+    source = behind + index * length + nth - shift
     position = (start[:, None] + segments[:, :most]).int()[:, :, None] + nth.int()
-    row = torch.arange(len(rows), device=device)[:, None, None].expand_as(valid)
+    row = torch.arange(slots.shape[0], device=device)[:, None, None].expand_as(valid)
     return LogitRows(
         torch.where(valid, source, 0).flatten(),
         row.flatten(),
@@ -113,3 +103,9 @@ def segment_rows(
         valid.flatten(),
         (index + 1).expand_as(valid).flatten().int(),
     )
+
+
+def _of_group(group: Group, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """[rows of the group] each: rows of a segment, segments, and the flat row of the first one."""
+    at = slice(group.first, group.last)
+    return inputs.segment[at].long(), inputs.segments[at].long(), (inputs.query_start[at] + inputs.width[at]).long()

@@ -1,87 +1,106 @@
-"""What surrounds the replay of a CUDA graph: sizes, and the buffers that a replay reads."""
+"""What surrounds the replay of a CUDA graph: sizes that repeat, and idle rows that change nothing."""
 
+import numpy as np
 import pytest
 import torch
+from replays import replaying
+from request_mix import alone, mixed_requests, strangers
+from tiny_engines import FAMILIES, MORE, engine, prompt_of, request, run
 
-from linocut.engine.batch import ForwardBatch
-from linocut.engine.graphs import MAX_GRAPHS, MAX_TOKENS, _fill, _static_batch, bucket_of
-from linocut.kernels.attention import AttentionLayout
+from linocut.engine.decoding.parameters import valid_names
+from linocut.engine.graphs import MAX_GRAPHS, MAX_TOKENS
+from linocut.engine.layout import StepLayout, array_size, lay_out, step_inputs
+from linocut.engine.plan import RowPlan
+from linocut.engine.sampling import SamplingFlags
 
-
-def batch(rows: int, width: int, pages: int, page_size: int = 8) -> ForwardBatch:
-    tokens = rows * width
-    layout = AttentionLayout(
-        query_start=torch.arange(rows + 1, dtype=torch.int32) * width,
-        page_table=torch.arange(rows * pages, dtype=torch.int32).view(rows, pages) + 1,
-        visible=torch.full((tokens,), pages * page_size, dtype=torch.int32),
-        scratch_start=None,
-        scratch_end=None,
-        max_query=width,
-        max_visible=pages * page_size,
-        page_size=page_size,
-    )
-    counted = torch.arange(tokens, dtype=torch.int32) + 1
-    return ForwardBatch(counted, counted + 100, counted + 200, layout, None, None)
+IDLE = 99
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 33, 100, 257, 1000, MAX_TOKENS])
-@pytest.mark.parametrize("rows", [1, 5, 64])
-def test_a_bucket_holds_what_it_is_asked_for_and_adds_at_most_half_of_the_tokens(tokens: int, rows: int) -> None:
-    bucket = bucket_of(tokens, rows, 33, 700, False)
-    assert bucket.tokens >= tokens
-    assert bucket.tokens <= max(tokens * 1.5, 4)
-    assert bucket.rows >= rows
-    assert bucket.query >= 33
-    assert bucket.visible >= 700
+def laid_out(rows: list[RowPlan], rounding: bool = True) -> StepLayout:
+    return lay_out(rows, [4] * len(rows), SamplingFlags(), 0.5, (lambda strategy: IDLE) if rounding else None)
+
+
+def row(slot: int, width: int, targets: int, end: int = 100, strategy: str = "threshold", segments: int = 0) -> RowPlan:
+    return RowPlan(slot, strategy, width, targets, end, segments, 3 if segments else 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 33, 100, 200])
+@pytest.mark.parametrize("width", [1, 5])
+def test_a_shape_holds_what_it_is_asked_for_and_adds_at_most_half_of_the_tokens(count: int, width: int) -> None:
+    tokens = count * width
+    assert tokens <= MAX_TOKENS
+    layout = laid_out([row(i, width, 1, end=700) for i in range(count)])
+    shape = layout.shape
+    assert tokens <= shape.tokens <= max(tokens * 1.5, 4)
+    assert count <= shape.rows < 2 * count
+    assert count <= shape.logits
+    assert shape.query >= width
+    assert shape.visible >= 700
+    assert layout.array.shape == (array_size(shape),)
 
 
 def test_a_growing_load_needs_few_graphs() -> None:
     """Rows of one block, alone and with the commit of the block before, up to 64 of them over growing contexts."""
     seen = {
-        bucket_of(min(rows * 4 + extra * 4, MAX_TOKENS), rows, 8, context, False)
-        for rows in range(1, 65)
-        for extra in (0, rows // 3, rows)
+        laid_out([row(i, 8 if i < fused else 4, 4 - i % 2, end=context) for i in range(count)]).shape
+        for count in range(1, 65)
+        for fused in (0, count // 3, count)
         for context in (100, 900, 1800)
     }
     assert len(seen) <= MAX_GRAPHS
 
 
-def test_a_replay_reads_the_batch_and_nothing_of_the_one_before() -> None:
-    large, small = batch(rows=4, width=4, pages=3), batch(rows=2, width=3, pages=2)
-    static = _static_batch(bucket_of(16, 4, 4, 24, False), 8, torch.device("cpu"))
-    _fill(static, large)
-    _fill(static, small)
-    for name in ("ids", "positions", "slots"):
-        assert torch.equal(getattr(static, name)[:6], getattr(small, name))
-    assert (static.slots[6:] == 0).all(), "padding tokens write to the padding page"
-    assert (static.layout.visible[6:] == 0).all(), "padding tokens see nothing"
-    assert static.layout.query_start[:3].tolist() == [0, 3, 6]
-    assert (static.layout.query_start[3:] == 6).all(), "padding rows own no queries"
-    assert torch.equal(static.layout.page_table[:2, :2], small.layout.page_table)
+def test_the_array_says_where_every_row_of_a_step_stands() -> None:
+    rows = [row(7, 2, 1), row(3, 4, 0), row(5, 1, 1), row(8, 2, 2, strategy="verify", segments=2)]
+    layout = laid_out(rows)
+    inputs = step_inputs(torch.from_numpy(layout.array), layout.shape)
+    assert layout.places == [0, 1, 2, 4]
+    assert inputs.slots.tolist() == [7, 3, 5, IDLE, 8]
+    assert inputs.width.tolist() == [2, 4, 1, 0, 2]
+    assert inputs.on_grid.tolist() == [1, 1, 1, 1, 0]
+    assert inputs.query_start.tolist() == [0, 2, 6, 7, 7, 15], "draft segments are a row's own"
+    assert inputs.row_of[:15].tolist() == [0] * 2 + [1] * 4 + [2] + [4] * 8
+    assert inputs.offset[:15].tolist() == [0, 1, 0, 1, 2, 3, 0, *range(8)]
+    assert (inputs.offset[15:] > 1e6).all(), "padding lies beyond every row"
+    assert inputs.logit_row[:4].tolist() == [0, 2, 4, 4]
+    assert inputs.logit_nth[:4].tolist() == [0, 0, 0, 1]
+    assert inputs.row_cost.tolist() == [0.5]
 
 
-def test_what_a_forward_does_not_use_of_adapters_and_segments_is_off() -> None:
-    """A batch with draft segments, then a smaller one with fewer, then one without."""
+def test_without_rounding_every_size_is_exact() -> None:
+    layout = laid_out([row(i, 3, 2, end=77) for i in range(5)], rounding=False)
+    shape = layout.shape
+    assert (shape.rows, shape.tokens, shape.logits, shape.query, shape.visible) == (5, 15, 10, 3, 77)
+    assert layout.lengths == [3] * 5
+    assert np.array_equal(layout.array[:5], np.arange(5))
 
-    def noisy_batch(rows: int, scratch: bool) -> ForwardBatch:
-        made = batch(rows=rows, width=4, pages=3)
-        made.noisy = torch.ones(rows * 4, dtype=torch.bool)
-        if scratch:
-            made.layout.scratch_start = torch.full((rows * 4,), 20, dtype=torch.int32)
-            made.layout.scratch_end = torch.full((rows * 4,), 24, dtype=torch.int32)
-        return made
 
-    static = _static_batch(bucket_of(16, 4, 4, 24, True), 8, torch.device("cpu"))
-    layout = static.layout
-    assert static.noisy is not None
-    assert layout.scratch_start is not None
-    assert layout.scratch_end is not None
-    _fill(static, noisy_batch(4, True))
-    assert static.noisy.all()
-    assert (layout.scratch_end == 24).all()
-    _fill(static, noisy_batch(2, True))
-    assert static.noisy.tolist() == [True] * 8 + [False] * 8
-    assert (layout.scratch_start.tolist(), layout.scratch_end.tolist()) == ([20] * 8 + [0] * 8, [24] * 8 + [0] * 8)
-    _fill(static, noisy_batch(2, False))
-    assert not layout.scratch_start.any()
-    assert not layout.scratch_end.any()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_that_are_replayed_give_the_same_texts(family: str) -> None:
+    """All that a graph takes from the host at each replay is the array; idle rows fill up the sizes."""
+    core = engine(family, max_running=24)
+    replays = replaying(core)
+    answers = run(core, strangers(core, family) + mixed_requests(core, family))
+    want = alone(family)
+    assert {key: answer.text for key, answer in answers.items() if key in want} == {k: a.text for k, a in want.items()}
+    assert replays.runs > len(replays.shapes) > 0
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_every_strategy_is_replayed_beside_the_others(family: str) -> None:
+    """Three rows of each, so that each has an idle row beside it."""
+
+    def answers(replayed: bool) -> dict[tuple[str, int], object]:
+        core = engine(family, max_running=64, token_budget=4096)
+        replays = replaying(core) if replayed else None
+        names = valid_names(core.info)
+        requests = [
+            request(core, f"{name}{i}", prompt_of(9 + 5 * i, seed=i), 12, {"strategy": name}, temperature=0.7 * i)
+            for name in names
+            for i in range(3)
+        ]
+        found = run(core, requests)
+        assert replays is None or any(len(shape.groups) == len(names) for shape in replays.shapes)
+        return {key: answer.text for key, answer in found.items()}
+
+    assert answers(True) == answers(False)

@@ -1,0 +1,200 @@
+"""A step as the host lays it out: the sizes that fix the shape of every tensor, and one small array for the device.
+
+What tensor functions do with a step depends on these two alone, so that steps of one `StepShape` are one CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decoding.registry import strategy_classes
+from .plan import RowPlan
+from .sampling import SamplingFlags
+
+# Beyond every row's span and every row's targets: what padding entries point to.
+_BEYOND = 1 << 24
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows [first, last) of a step: one strategy, one window width.
+
+    segments: the most draft segments of a row; segment: rows of the longest one.
+    """
+
+    strategy: str
+    first: int
+    last: int
+    window: int
+    segments: int
+    segment: int
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes of a step. tokens: flat rows of the forward; logits: rows of the vocabulary; query, visible: bounds of a
+    row's own positions and of the slots that it sees. flags: what the rows ask of the sampler."""
+
+    groups: tuple[Group, ...]
+    tokens: int
+    logits: int
+    query: int
+    visible: int
+    flags: SamplingFlags
+
+    @property
+    def rows(self) -> int:
+        return self.groups[-1].last
+
+    @property
+    def scratch(self) -> bool:
+        return any(group.segments for group in self.groups)
+
+
+@dataclass
+class StepInputs:
+    """The array of a step on the device, as views; int32 unless noted.
+
+    slots (int64), width, segments, segment: [rows]; see `RowPlan`. on_grid, refeeds: [rows] 0 or 1, of the row's
+    strategy. query_start: [rows + 1]. row_of (int64), offset: [tokens], a flat row's row and its place among that row's
+    own. logit_row, logit_nth: [logits] int64, which target of which row. row_cost: [1] float32.
+    """
+
+    slots: Tensor
+    width: Tensor
+    segments: Tensor
+    segment: Tensor
+    on_grid: Tensor
+    refeeds: Tensor
+    query_start: Tensor
+    row_of: Tensor
+    offset: Tensor
+    logit_row: Tensor
+    logit_nth: Tensor
+    row_cost: Tensor
+
+
+@dataclass
+class StepLayout:
+    """array: int32, as `step_inputs` reads it. places: where the plan's rows stand among the step's. lengths: positions
+    of each of the step's rows."""
+
+    shape: StepShape
+    array: np.ndarray
+    places: list[int]
+    lengths: list[int]
+
+
+def step_inputs(array: Tensor, shape: StepShape) -> StepInputs:
+    """array: [array_size(shape)] int32, on any device."""
+    parts = dict(zip(StepInputs.__annotations__, array.split(_sizes(shape)), strict=True))
+    for name in ("slots", "row_of", "logit_row", "logit_nth"):
+        parts[name] = parts[name].long()
+    parts["row_cost"] = parts["row_cost"].view(torch.float32)
+    return StepInputs(**parts)
+
+
+def array_size(shape: StepShape) -> int:
+    return sum(_sizes(shape))
+
+
+def _sizes(shape: StepShape) -> list[int]:
+    rows, tokens, logits = shape.rows, shape.tokens, shape.logits
+    return [*[rows] * 6, rows + 1, tokens, tokens, logits, logits, 1]
+
+
+def lay_out(
+    rows: Sequence[RowPlan],
+    windows: Sequence[int],
+    flags: SamplingFlags,
+    row_cost: float,
+    idle: Callable[[str], int] | None = None,
+) -> StepLayout:
+    """Lay out the rows of a plan; windows: of each row. Rows of one strategy stand together.
+
+    idle: gives the slot of an idle row of a strategy. Then sizes are rounded up to few ones, so that serving soon has
+    met all of them: idle rows run nothing, tokens beyond the rows' own see nothing, and logits rows beyond them ask for
+    nothing. Without it every size is exact.
+    """
+    groups: list[Group] = []
+    order: list[RowPlan | None] = []
+    places: list[int] = []
+    slots: list[int] = []
+    first = 0
+    while first < len(rows):
+        strategy, last = rows[first].strategy, first + 1
+        while last < len(rows) and rows[last].strategy == strategy:
+            last += 1
+        mine = rows[first:last]
+        count = last - first if idle is None else _power(last - first)
+        segments = max(row.segments for row in mine)
+        groups.append(
+            Group(
+                strategy,
+                len(order),
+                len(order) + count,
+                max(windows[first:last]),
+                segments if idle is None or not segments else _power(segments),
+                max(row.segment for row in mine) if segments else 0,
+            )
+        )
+        places += range(len(order), len(order) + last - first)
+        order += [*mine, *[None] * (count - (last - first))]
+        slots += [row.slot for row in mine]
+        if idle is not None:
+            slots += [idle(strategy)] * (count - (last - first))
+        first = last
+
+    widths = np.array([0 if row is None else row.width + row.scratch for row in order])
+    targets = np.array([0 if row is None else row.targets for row in order])
+    query, visible = int(widths.max()), max(row.end for row in rows)
+    tokens, logits = int(widths.sum()), int(targets.sum())
+    if idle is not None:
+        query, visible = _power(query, 4), _power(visible, 4, least=512)
+        tokens, logits = _two_steps(tokens), _two_steps(logits) if logits else 0
+    shape = StepShape(tuple(groups), tokens, logits, query, visible, flags)
+    starts = np.concatenate([[0], np.cumsum(widths)])
+    classes = strategy_classes()
+    columns = [
+        slots,
+        [0 if row is None else row.width for row in order],
+        [0 if row is None else row.segments for row in order],
+        [1 if row is None else max(row.segment, 1) for row in order],
+        [int(not classes[g.strategy].frontier) for g in groups for _ in range(g.first, g.last)],
+        [int(classes[g.strategy].refeeds) for g in groups for _ in range(g.first, g.last)],
+        starts,
+        *_ragged(widths, starts, tokens),
+        *_ragged(targets, np.concatenate([[0], np.cumsum(targets)]), logits),
+        np.array([row_cost], np.float32).view(np.int32),
+    ]
+    array = np.concatenate([np.asarray(column, np.int32) for column in columns])
+    return StepLayout(shape, array, places, widths.tolist())
+
+
+def _ragged(counts: np.ndarray, starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and place within the row of every entry of rows of `counts`; entries up to `size` lie beyond the last row."""
+    total = int(starts[-1])
+    row = np.full(size, len(counts) - 1)
+    place = np.full(size, _BEYOND)
+    row[:total] = np.repeat(np.arange(len(counts)), counts)
+    place[:total] = np.arange(total) - np.repeat(starts[:-1], counts)
+    return row, place
+
+
+def _two_steps(count: int) -> int:
+    """The next of two sizes for each power of two."""
+    step = 1 << max((count - 1).bit_length() - 2, 0)
+    return -(-count // step) * step
+
+
+def _power(value: int, base: int = 2, least: int = 1) -> int:
+    """The least power of `base`, times `least`, that is not below `value`."""
+    size = least
+    while size < value:
+        size *= base
+    return size
