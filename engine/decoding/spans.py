@@ -10,20 +10,45 @@ from .view import RowView, Span
 
 
 def plan_grid(view: RowView, traits: FamilyTraits, asks_all: bool = False) -> Span:
-    """The active block; with `asks_all` its decided positions behind the prompt are asked about, too.
-
-    Left out are those whose predicting row a step may do without, since its K/V is kept: what a row is asked must not
-    depend on whether a preemption makes it run that row again.
-    """
+    """The active block; with `asks_all` its decided positions behind the prompt are asked about, too."""
     span = plan_canvas(view, traits) if traits.context == "full" else plan_block(view, traits)
     if asks_all:
-        kept = torch.zeros_like(view.decided)
-        if traits.context == "token-causal":
-            kept = view.decided.int().cumprod(dim=1).bool()
-        elif traits.logit_source == "previous":
-            kept = (view.offsets == 0) & ~view.chosen("cache", "none")[:, None]
-        span.targets = torch.where(span.seeding[:, None], span.targets, view.generated & ~kept)
+        asked = view.generated & ~predicted_by_kept(view, traits)
+        span.targets = torch.where(span.seeding[:, None], span.targets, asked)
     return span
+
+
+def predicted_by_kept(view: RowView, traits: FamilyTraits) -> Tensor:
+    """[rows, W] bool: positions whose predicting row a step may do without, since its K/V is kept.
+
+    Decided ones among them are not asked about: what a row is asked must not depend on whether a preemption makes it
+    run that row again.
+    """
+    if traits.context == "token-causal":
+        return view.decided.int().cumprod(dim=1).bool()
+    if traits.logit_source == "own":
+        return torch.zeros_like(view.decided)
+    if traits.context == "full":
+        return (view.offsets == 0) & ~view.chosen("cache", "none")[:, None]
+    low, _ = sub_block(view, traits)
+    cached = view.parameters["sub_block_cache"][:, None]
+    return (view.offsets == 0) | (cached & (view.offsets == low[:, None]))
+
+
+def sub_block(view: RowView, traits: FamilyTraits) -> tuple[Tensor, Tensor]:
+    """[rows] int32 each: offset and length of the sub-block that holds the first undecided position."""
+    size = view.parameters["sub_block_size"]
+    size = torch.where(size > 0, size, min(traits.sub_block_size, traits.block_size))
+    size = torch.minimum(size, view.block)
+    return view.masked.int().argmax(dim=1).int() // size * size, size
+
+
+def refined(view: RowView, traits: FamilyTraits) -> Tensor:
+    """[rows, W] bool: the positions that are refined together now, a sub-block or all of a canvas's block."""
+    if traits.context == "full":
+        return view.inside
+    low, size = sub_block(view, traits)
+    return (view.offsets >= low[:, None]) & (view.offsets < (low + size)[:, None])
 
 
 def plan_block(view: RowView, traits: FamilyTraits) -> Span:
@@ -46,12 +71,8 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
     else:
         seeding = torch.zeros_like(view.fresh)
 
-    size = view.parameters["sub_block_size"]
-    size = torch.where(size > 0, size, min(traits.sub_block_size, traits.block_size))
-    size = torch.minimum(size, view.block)
-    low = undecided.int().argmax(dim=1).int() // size * size
-    inside = (view.offsets >= low[:, None]) & (view.offsets < (low + size)[:, None])
-    targets = torch.where(seeding[:, None], view.offsets == 0, undecided & inside)
+    low, size = sub_block(view, traits)
+    targets = torch.where(seeding[:, None], view.offsets == 0, undecided & refined(view, traits))
 
     first_known = view.decided.gather(1, low.long()[:, None])[:, 0]
     alone = view.fresh & view.parameters["sub_block_cache"] & first_known & ~seeding

@@ -153,9 +153,11 @@ class Decision:
     """commit: [rows, W] bool, positions decided now; tokens: [rows, W] their ids.
 
     idle: a step of the authors' schedule may decide nothing; else a row decides one position at least.
-    overwrite: [rows, W] bool, decided positions behind the prompt that take `tokens` instead. open: [rows] bool, the
-    block is not finished whatever is decided, and nothing of it is final. settled: [rows] bool, the forward saw the
-    block as it is now, so that its K/V is final.
+    overwrite: [rows, W] bool, decided positions behind the prompt that take `tokens` instead. remask: [rows, W] bool,
+        those that become masks again.
+    open: [rows] bool, the block is not finished whatever is decided, and nothing of it is final. revisable: [rows]
+        bool, nothing of it is final before all of it is decided. settled: [rows] bool, the forward saw the block as it
+        is now, so that its K/V is final.
     steps: [rows] int32, single steps that the decision stands for (sampling draws by the step); None: one.
     drafts: [rows, W] ids to stand at undecided positions, counted from the new `start`; None keeps what is there.
     accepted: [rows] int64, how many of the drafts that masks made were right; None where masks make none.
@@ -165,7 +167,9 @@ class Decision:
     tokens: Tensor
     idle: bool = False
     overwrite: Tensor | None = None
+    remask: Tensor | None = None
     open: Tensor | None = None
+    revisable: Tensor | None = None
     settled: Tensor | None = None
     steps: Tensor | None = None
     drafts: Tensor | None = None

@@ -23,7 +23,11 @@ LIVELY: dict[str, list[dict[str, Any]]] = {
     "entropy": [{"entropy": 1.5}],
     "entropy_bound": [{"gamma": 1.0}],
     "factor": [{"factor": 1.5}],
-    "hierarchical": [{"threshold": 0.6, "low_threshold": 0.3}],
+    "hierarchical": [
+        {"threshold": 0.6, "low_threshold": 0.3},
+        {"threshold": 0.6, "low_threshold": 0.3, "remask_threshold": 0.3},
+        {"threshold": 0.6, "low_threshold": 0.3, "remask_threshold": 0.9},
+    ],
     "credit": [{"threshold": 0.5, "credit_weight": 2.0}],
     "edit": [{"threshold": 0.5, "edit_threshold": 0.3, "post_steps": 3}],
     "freedave": [{"branches": 4, "row_cost": 0.0}, {"branches": 3, "threshold": 0.5, "row_cost": 0.0}],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -49,6 +49,10 @@ class Edit(GridStrategy):
         if traits.context == "token-causal":
             return "a decided token is final as soon as all before it are, so none can be edited"
         return "" if traits.context == "block-causal" else "it edits blocks, and this model was trained without them"
+
+    def bounds(self, traits: FamilyTraits) -> dict[str, dict[str, Any] | None]:
+        # Every forward looks at all of the block.
+        return super().bounds(traits) | {"sub_block_size": None, "sub_block_cache": None}
 
     def memory(self, values: Values, traits: FamilyTraits) -> dict[str, Memory]:
         return super().memory(values, traits) | {POST: Memory((), torch.int32)}
