@@ -77,6 +77,7 @@ class Scene:
             drafts=zeros,
             draft_confidence=torch.zeros((rows, 1)),
             row_cost=torch.zeros(rows),
+            sampled=zeros.bool(),
             parameters=Parameters(columns(), numbers, integers),
             memory=self.memory,
         )

@@ -34,6 +34,7 @@ def row_view(state: RowState, slots: Tensor, window: int) -> RowView:
         drafts=state.drafts[slots],
         draft_confidence=state.draft_confidence[slots],
         row_cost=state.row_cost[slots],
+        sampled=state.temperature[slots] > 0,
         parameters=state.parameters.of(slots),
         memory=state.memory,
         stops=state.stops[slots],

@@ -19,8 +19,9 @@ class RowView:
     slots: [rows] int64. start, final_len, prompt_len, limit, step: [rows] int32 (see RowState). block: [rows] int32,
     positions of a row's block; canvas: [rows] int32, where a full-attention row's sequence ends, 0 elsewhere.
     tokens: [rows, W] int32; decided: [rows, W] bool. fresh: [rows] bool. drafts: [rows] int32, how many of the window's
-    tokens are drafts; draft_confidence: [rows, MAX_DRAFT] float32; row_cost: [rows] float32. parameters: name ->
-    [rows]. memory: name -> [slots of the engine, ...], see `recall` and `remember`.
+    tokens are drafts; draft_confidence: [rows, MAX_DRAFT] float32; row_cost: [rows] float32. sampled: [rows] bool,
+    whether tokens are drawn, with noise that differs from step to step. parameters: name -> [rows]. memory: name ->
+    [slots of the engine, ...], see `recall` and `remember`.
     """
 
     slots: Tensor
@@ -37,6 +38,7 @@ class RowView:
     drafts: Tensor
     draft_confidence: Tensor
     row_cost: Tensor
+    sampled: Tensor
     parameters: Parameters
     memory: dict[str, Tensor] = field(default_factory=dict)
     # [rows, K] int32, ids that end a row's text, padded with -1; none where the view is not an engine's.
