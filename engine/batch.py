@@ -206,9 +206,10 @@ def _logit_rows(
     position = start[row] + offset.int()
     shift: int | Tensor = 1
     if traits.logit_source == "own":
-        # What follows a frontier comes from the row before it, whatever the source of drafts and blocks.
+        # What follows a frontier, or a clean forward that is asked, comes from the row before it.
         strategies = strategy_classes()
-        shift = to_device(np.array([int(strategies[r.strategy].refeeds) for r in rows], np.int32), device)[row]
+        refeeds = to_device(np.array([strategies[r.strategy].refeeds for r in rows]), device)
+        shift = (refeeds | span.seeding)[row].int()
     fed = position
     if span.order is not None:
         fed = start[row] + span.order.argsort(dim=1)[row, offset].int()

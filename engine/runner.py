@@ -92,7 +92,8 @@ class ModelRunner:
         for some in {self._flags[row.slot] for row in plan.rows}:
             flags |= some
         if batch.logits is not None:
-            found = self.sampler.propose(state, hidden, batch.logits, span.seeding, self.decoder.logits, flags)
+            seeding = None if traits.commits_blocks else span.seeding
+            found = self.sampler.propose(state, hidden, batch.logits, seeding, self.decoder.logits, flags)
             statistics = to_window(batch.logits, found, len(plan.rows), width)
         else:
             statistics = no_statistics(len(plan.rows), width, state.device)

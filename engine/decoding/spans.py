@@ -24,9 +24,9 @@ def predicted_by_kept(view: RowView, traits: FamilyTraits) -> Tensor:
     Decided ones among them are not asked about: what a row is asked must not depend on whether a preemption makes it
     run that row again.
     """
-    if traits.context == "token-causal":
+    if traits.final_by_token:
         return view.decided.int().cumprod(dim=1).bool()
-    if traits.logit_source == "own":
+    if traits.logit_source == "own" and not traits.commit_seeds:
         return torch.zeros_like(view.decided)
     if traits.context == "full":
         return (view.offsets == 0) & ~view.chosen("cache", "none")[:, None]
@@ -57,10 +57,10 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
     The clean part is the prompt, or the block just finished: its commit is fused with the next block's first denoise
     step, exact since final tokens never see that block. Shifted families learn the block's first token from the clean
     rows. Block-causal ones were trained to know it while they denoise, so there the clean part runs alone and asks
-    about that one position.
+    about that one position; so it does in families whose blocks are denoised unshifted, but committed causally.
 
-    Under token-causal attention a decided token is final as soon as all before it are: clean rows then reach up to the
-    first undecided position, and in shifted families the last of them says what stands there (`opening`).
+    Under token-causal attention a decided token may be final as soon as all before it are: clean rows then reach up to
+    the first undecided position, and in shifted families the last of them says what stands there (`opening`).
 
     With `sub_block_cache` a refinement runs only its sub-block, on the other sub-blocks' K/V as of the last whole-block
     forward, as long as the sub-block's first position is decided (Fast-dLLM v2, `generate(use_block_cache=True)`).
@@ -77,7 +77,7 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
     first_known = view.decided.gather(1, low.long()[:, None])[:, 0]
     alone = view.fresh & view.parameters["sub_block_cache"] & first_known & ~seeding
     first = undecided.int().argmax(dim=1).int()
-    clean_end = view.start + first if traits.context == "token-causal" else view.start
+    clean_end = view.start + first if traits.final_by_token else view.start
     opening = torch.zeros_like(undecided)
     if traits.commit_opens:
         opening = (view.offsets == first[:, None]) & undecided & (clean_end > 0)[:, None]

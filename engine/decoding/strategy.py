@@ -192,7 +192,7 @@ class GridStrategy(Strategy):
                 "sub_block_size": None,
                 "sub_block_cache": None,
             }
-        elif traits.context == "token-causal":
+        elif traits.final_by_token:
             # Decided tokens are final as soon as all before them are: nothing is stale.
             changes["sub_block_cache"] = None
         return changes

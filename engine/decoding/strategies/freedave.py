@@ -66,7 +66,7 @@ class FreeDave(GridStrategy):
     Params = FreeDaveParams
 
     def refusal(self, traits: FamilyTraits) -> str:
-        if traits.context == "token-causal" and traits.mask_id is not None:
+        if traits.final_by_token and traits.mask_id is not None:
             return "decided tokens of this model are final as soon as all before them are: `verify` drafts for it"
         if traits.context == "full":
             return "a branch would have to hold the whole canvas"

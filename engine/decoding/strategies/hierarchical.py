@@ -51,7 +51,7 @@ class Hierarchical(GridStrategy):
 
     def bounds(self, traits: FamilyTraits) -> dict[str, dict[str, Any] | None]:
         # A decided token is final there as soon as all before it are.
-        final = {"remask_threshold": None} if traits.context == "token-causal" else {}
+        final = {"remask_threshold": None} if traits.final_by_token else {}
         return super().bounds(traits) | final
 
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
