@@ -191,8 +191,8 @@ def _logit_rows(inputs: StepInputs, span: Span, start: Tensor, traits: FamilyTra
     offset = order[row, nth.clamp(max=order.shape[1] - 1)]
     valid = nth < span.targets.sum(dim=1)[row]
     position = start[row] + offset.int()
-    # What follows a frontier comes from the row before it, whatever the source of drafts and blocks.
-    shift = inputs.refeeds[row] if traits.logit_source == "own" else 1
+    # What follows a frontier, or a clean forward that is asked, comes from the row before it.
+    shift = ((inputs.refeeds > 0) | span.seeding)[row].int() if traits.logit_source == "own" else 1
     fed = position
     if span.order is not None:
         fed = start[row] + span.order.argsort(dim=1)[row, offset].int()

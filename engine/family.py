@@ -27,7 +27,11 @@ class FamilyTraits:
     logit_source: the row that predicts position p: p itself ("own"), or p - 1 ("previous": shifted families).
     block_size: positions decided together; 1 is autoregressive. Blocks lie on the grid 0, B, 2B, ...
     sub_block_size: positions of a block refined together, left to right; equal to block_size where there are none.
-    commit_seeds: the next block's first position is decided by a clean forward of its own (shifted, block-causal).
+    commit_seeds: the next block's first position is decided by a clean forward of its own (shifted, block-causal; and
+        where `commits_blocks`).
+    commits_blocks: (token-causal) a block's tokens stay noise until all of them are decided. A causal forward makes
+        them final then, and its last row decides the next block's first token (Nemotron-Labs-Diffusion). Elsewhere a
+        token is final as soon as all before it are.
     commit_opens: the clean rows before a block decide its first position in the forward that also denoises the rest
         (shifted, token-causal: what a clean row predicts does not depend on the block).
     mask_id: token at undecided positions; None where there are none (autoregressive families).
@@ -55,6 +59,12 @@ class FamilyTraits:
     grid: Literal["sequence", "prompt"] = "sequence"
     has_filter: bool = False
     reward: bool = False
+    commits_blocks: bool = False
+
+    @property
+    def final_by_token(self) -> bool:
+        """A decided token is final as soon as all before it are, whatever the rest of its block."""
+        return self.context == "token-causal" and not self.commits_blocks
 
     @property
     def overhang(self) -> int:
@@ -65,7 +75,7 @@ class FamilyTraits:
 
     @property
     def commit_seeds(self) -> bool:
-        return self.logit_source == "previous" and self.context == "block-causal"
+        return self.commits_blocks or (self.logit_source == "previous" and self.context == "block-causal")
 
     @property
     def commit_opens(self) -> bool:
@@ -191,7 +201,10 @@ def family_from_config(
         return FamilyTraits(name, "token-causal", "own", 1, 1, mask, stops, banned, in_block="causal")
     size = block_size or int(config.get("block_size") or PUBLISHED_BLOCK_SIZE[name])
     if name == "nemotron_labs_diffusion":
-        return FamilyTraits(name, "token-causal", "own", size, size, mask, stops, banned, grid="prompt")
+        grid: Literal["sequence", "prompt"] = "prompt"
+        return FamilyTraits(
+            name, "token-causal", "own", size, size, mask, stops, banned, grid=grid, commits_blocks=True
+        )
     fused_norm = name == "sdar"
     return FamilyTraits(name, "block-causal", "own", size, size, mask, stops, banned, fused_norm=fused_norm)
 

@@ -16,7 +16,7 @@ class Geometry:
         token on; 0 on a grid.
     segment: rows of a draft segment; 0 where there are none.
     canvas: positions of a full-attention sequence, all of them there from the start; 0 elsewhere.
-    asks_all: a step asks about decided positions of the block, too.
+    asks_all: a step may ask about decided positions of the block, too.
     """
 
     block: int = 1

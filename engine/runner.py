@@ -115,8 +115,8 @@ class ModelRunner:
         hidden = self.decoder.forward(batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy)
         width = span.targets.shape[1]
         if batch.logits is not None:
-            to_logits = self.decoder.logits
-            found = self.sampler.propose(state, hidden, batch.logits, span.seeding, to_logits, shape.flags)
+            seeding = None if traits.commits_blocks else span.seeding
+            found = self.sampler.propose(state, hidden, batch.logits, seeding, self.decoder.logits, shape.flags)
             statistics = to_window(batch.logits, found, shape.rows, width)
         else:
             statistics = no_statistics(shape.rows, width, state.device)

@@ -105,7 +105,7 @@ class Sampler:
         slot = rows.slot
         temperature = state.temperature[slot]
         if self._reference and seeding is not None:
-            # The reference code takes the token that opens a block greedily, whatever the temperature.
+            # Fast-dLLM v2's code takes the token that opens a block greedily, whatever the temperature.
             temperature = torch.where(seeding[rows.row], 0.0, temperature)
         return SamplingRows(
             temperature=temperature,

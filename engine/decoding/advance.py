@@ -34,6 +34,7 @@ def row_view(state: RowState, slots: Tensor, window: int) -> RowView:
         drafts=state.drafts[slots],
         draft_confidence=state.draft_confidence[slots],
         row_cost=state.row_cost[slots],
+        sampled=state.temperature[slots] > 0,
         parameters=state.parameters.of(slots),
         memory=state.memory,
         stops=state.stops[slots],
@@ -52,10 +53,10 @@ def guard(view: RowView, statistics: WindowStatistics, decision: Decision) -> De
         score = torch.where(allowed, statistics.confidence, -torch.inf)
         best = torch.zeros_like(commit).scatter_(1, score.argmax(dim=1, keepdim=True), True) & allowed
         commit = torch.where(commit.any(dim=1, keepdim=True), commit, best)
-    overwrite = decision.overwrite
-    if overwrite is not None:
-        overwrite = overwrite & statistics.candidates & view.decided & (view.places >= view.prompt_len[:, None])
-    return replace(decision, commit=commit, overwrite=overwrite)
+    changeable = statistics.candidates & view.decided & (view.places >= view.prompt_len[:, None])
+    overwrite = None if decision.overwrite is None else decision.overwrite & changeable
+    remask = None if decision.remask is None else decision.remask & changeable
+    return replace(decision, commit=commit, overwrite=overwrite, remask=remask)
 
 
 def advance(
@@ -82,16 +83,22 @@ def advance(
     changed = commit if decision.overwrite is None else commit | (decision.overwrite & whole[:, None])
     tokens = torch.where(changed, decision.tokens.to(view.tokens.dtype), view.tokens)
     decided = view.decided | commit
+    if decision.remask is not None:
+        remask = decision.remask & whole[:, None]
+        assert traits.mask_id is not None
+        tokens = torch.where(remask, traits.mask_id, tokens)
+        decided = decided & ~remask
+    complete = (decided | ~view.inside).all(dim=1)
 
     mine = decided if strategy.frontier else decided & view.inside
     leading = mine.int().cumprod(dim=1).sum(dim=1)
-    if decision.open is not None:
-        # What may still be edited is no part of the text.
-        leading = torch.where(decision.open, (view.prompt_len - view.start).clamp(min=0), leading)
+    # What may still be edited or withdrawn is no part of the text.
+    for held in (decision.open, None if decision.revisable is None else decision.revisable & ~complete):
+        if held is not None:
+            leading = torch.where(held, (view.prompt_len - view.start).clamp(min=0), leading)
     in_prefix = view.offsets < leading[:, None]
     generated = (places >= view.prompt_len[:, None]) & (places < view.limit[:, None])
     stops = (tokens[:, :, None] == state.stops[view.slots][:, None, :]).any(dim=2) & in_prefix & generated
-    complete = (decided | ~view.inside).all(dim=1)
     if decision.open is not None:
         complete = complete & ~decision.open
     has_stop = stops.any(dim=1)

@@ -49,6 +49,7 @@ def apply_halt(view: RowView, statistics: WindowStatistics, decision: Decision) 
         decision,
         commit=decision.commit | (halts[:, None] & masks),
         tokens=torch.where(halts[:, None] & masks, statistics.token, decision.tokens),
+        remask=None if decision.remask is None else decision.remask & ~halts[:, None],
     )
 
 

@@ -10,20 +10,45 @@ from .view import RowView, Span
 
 
 def plan_grid(view: RowView, traits: FamilyTraits, asks_all: bool = False) -> Span:
-    """The active block; with `asks_all` its decided positions behind the prompt are asked about, too.
-
-    Left out are those whose predicting row a step may do without, since its K/V is kept: what a row is asked must not
-    depend on whether a preemption makes it run that row again.
-    """
+    """The active block; with `asks_all` its decided positions behind the prompt are asked about, too."""
     span = plan_canvas(view, traits) if traits.context == "full" else plan_block(view, traits)
     if asks_all:
-        kept = torch.zeros_like(view.decided)
-        if traits.context == "token-causal":
-            kept = view.decided.int().cumprod(dim=1).bool()
-        elif traits.logit_source == "previous":
-            kept = (view.offsets == 0) & ~view.chosen("cache", "none")[:, None]
-        span.targets = torch.where(span.seeding[:, None], span.targets, view.generated & ~kept)
+        asked = view.generated & ~predicted_by_kept(view, traits)
+        span.targets = torch.where(span.seeding[:, None], span.targets, asked)
     return span
+
+
+def predicted_by_kept(view: RowView, traits: FamilyTraits) -> Tensor:
+    """[rows, W] bool: positions whose predicting row a step may do without, since its K/V is kept.
+
+    Decided ones among them are not asked about: what a row is asked must not depend on whether a preemption makes it
+    run that row again.
+    """
+    if traits.final_by_token:
+        return view.decided.int().cumprod(dim=1).bool()
+    if traits.logit_source == "own" and not traits.commit_seeds:
+        return torch.zeros_like(view.decided)
+    if traits.context == "full":
+        return (view.offsets == 0) & ~view.chosen("cache", "none")[:, None]
+    low, _ = sub_block(view, traits)
+    cached = view.parameters["sub_block_cache"][:, None]
+    return (view.offsets == 0) | (cached & (view.offsets == low[:, None]))
+
+
+def sub_block(view: RowView, traits: FamilyTraits) -> tuple[Tensor, Tensor]:
+    """[rows] int32 each: offset and length of the sub-block that holds the first undecided position."""
+    size = view.parameters["sub_block_size"]
+    size = torch.where(size > 0, size, min(traits.sub_block_size, traits.block_size))
+    size = torch.minimum(size, view.block)
+    return view.masked.int().argmax(dim=1).int() // size * size, size
+
+
+def refined(view: RowView, traits: FamilyTraits) -> Tensor:
+    """[rows, W] bool: the positions that are refined together now, a sub-block or all of a canvas's block."""
+    if traits.context == "full":
+        return view.inside
+    low, size = sub_block(view, traits)
+    return (view.offsets >= low[:, None]) & (view.offsets < (low + size)[:, None])
 
 
 def plan_block(view: RowView, traits: FamilyTraits) -> Span:
@@ -32,10 +57,10 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
     The clean part is the prompt, or the block just finished: its commit is fused with the next block's first denoise
     step, exact since final tokens never see that block. Shifted families learn the block's first token from the clean
     rows. Block-causal ones were trained to know it while they denoise, so there the clean part runs alone and asks
-    about that one position.
+    about that one position; so it does in families whose blocks are denoised unshifted, but committed causally.
 
-    Under token-causal attention a decided token is final as soon as all before it are: clean rows then reach up to the
-    first undecided position, and in shifted families the last of them says what stands there (`opening`).
+    Under token-causal attention a decided token may be final as soon as all before it are: clean rows then reach up to
+    the first undecided position, and in shifted families the last of them says what stands there (`opening`).
 
     With `sub_block_cache` a refinement runs only its sub-block, on the other sub-blocks' K/V as of the last whole-block
     forward, as long as the sub-block's first position is decided (Fast-dLLM v2, `generate(use_block_cache=True)`).
@@ -46,17 +71,13 @@ def plan_block(view: RowView, traits: FamilyTraits) -> Span:
     else:
         seeding = torch.zeros_like(view.fresh)
 
-    size = view.parameters["sub_block_size"]
-    size = torch.where(size > 0, size, min(traits.sub_block_size, traits.block_size))
-    size = torch.minimum(size, view.block)
-    low = undecided.int().argmax(dim=1).int() // size * size
-    inside = (view.offsets >= low[:, None]) & (view.offsets < (low + size)[:, None])
-    targets = torch.where(seeding[:, None], view.offsets == 0, undecided & inside)
+    low, size = sub_block(view, traits)
+    targets = torch.where(seeding[:, None], view.offsets == 0, undecided & refined(view, traits))
 
     first_known = view.decided.gather(1, low.long()[:, None])[:, 0]
     alone = view.fresh & view.parameters["sub_block_cache"] & first_known & ~seeding
     first = undecided.int().argmax(dim=1).int()
-    clean_end = view.start + first if traits.context == "token-causal" else view.start
+    clean_end = view.start + first if traits.final_by_token else view.start
     opening = torch.zeros_like(undecided)
     if traits.commit_opens:
         opening = (view.offsets == first[:, None]) & undecided & (clean_end > 0)[:, None]

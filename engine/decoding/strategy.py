@@ -49,7 +49,8 @@ class Strategy:
     struct whose docstring is the summary.
     frontier: rows go on from their first undecided position, wherever it is; those of others lie on the grid of blocks.
     refeeds: (frontier) the last token is fed again, since its row predicts the next one.
-    asks_all: statistics of decided positions of the block, too. biased: it changes logits before they are looked at.
+    asks_all: rows may want statistics of decided positions of the block, too. biased: it changes logits before they are
+        looked at.
     reference: keep the rules of progress of the authors' code where ours differ.
     """
 
@@ -191,7 +192,7 @@ class GridStrategy(Strategy):
                 "sub_block_size": None,
                 "sub_block_cache": None,
             }
-        elif traits.context == "token-causal":
+        elif traits.final_by_token:
             # Decided tokens are final as soon as all before them are: nothing is stale.
             changes["sub_block_cache"] = None
         return changes

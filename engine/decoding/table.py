@@ -18,6 +18,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "LLaDA, LLaDA-MoE": {"model_type": "llada"},
     "Dream": {"model_type": "dream"},
     "WeDLM": {"model_type": "wedlm"},
+    "Nemotron-Labs-Diffusion": {"model_type": "nemotron_labs_diffusion"},
     "`linocut convert`": {
         "model_type": "llama",
         "linocut": {"context": "token-causal", "logit_source": "previous", "block_size": 4, "mask_token_id": 5},

@@ -19,8 +19,9 @@ class RowView:
     slots: [rows] int64. start, final_len, prompt_len, limit, step: [rows] int32 (see RowState). block: [rows] int32,
     positions of a row's block; canvas: [rows] int32, where a full-attention row's sequence ends, 0 elsewhere.
     tokens: [rows, W] int32; decided: [rows, W] bool. fresh: [rows] bool. drafts: [rows] int32, how many of the window's
-    tokens are drafts; draft_confidence: [rows, MAX_DRAFT] float32; row_cost: [rows] float32. parameters: name ->
-    [rows]. memory: name -> [slots of the engine, ...], see `recall` and `remember`.
+    tokens are drafts; draft_confidence: [rows, MAX_DRAFT] float32; row_cost: [rows] float32. sampled: [rows] bool,
+    whether tokens are drawn, with noise that differs from step to step. parameters: name -> [rows]. memory: name ->
+    [slots of the engine, ...], see `recall` and `remember`.
     """
 
     slots: Tensor
@@ -37,6 +38,7 @@ class RowView:
     drafts: Tensor
     draft_confidence: Tensor
     row_cost: Tensor
+    sampled: Tensor
     parameters: Parameters
     memory: dict[str, Tensor] = field(default_factory=dict)
     # [rows, K] int32, ids that end a row's text, padded with -1; none where the view is not an engine's.
@@ -153,9 +155,11 @@ class Decision:
     """commit: [rows, W] bool, positions decided now; tokens: [rows, W] their ids.
 
     idle: a step of the authors' schedule may decide nothing; else a row decides one position at least.
-    overwrite: [rows, W] bool, decided positions behind the prompt that take `tokens` instead. open: [rows] bool, the
-    block is not finished whatever is decided, and nothing of it is final. settled: [rows] bool, the forward saw the
-    block as it is now, so that its K/V is final.
+    overwrite: [rows, W] bool, decided positions behind the prompt that take `tokens` instead. remask: [rows, W] bool,
+        those that become masks again.
+    open: [rows] bool, the block is not finished whatever is decided, and nothing of it is final. revisable: [rows]
+        bool, nothing of it is final before all of it is decided. settled: [rows] bool, the forward saw the block as it
+        is now, so that its K/V is final.
     steps: [rows] int32, single steps that the decision stands for (sampling draws by the step); None: one.
     drafts: [rows, W] ids to stand at undecided positions, counted from the new `start`; None keeps what is there.
     accepted: [rows] int64, how many of the drafts that masks made were right; None where masks make none.
@@ -165,7 +169,9 @@ class Decision:
     tokens: Tensor
     idle: bool = False
     overwrite: Tensor | None = None
+    remask: Tensor | None = None
     open: Tensor | None = None
+    revisable: Tensor | None = None
     settled: Tensor | None = None
     steps: Tensor | None = None
     drafts: Tensor | None = None

@@ -55,9 +55,11 @@ def test_wedlm_feeds_its_masks_causally() -> None:
 
 def test_nemotron_denoises_blocks_behind_the_prompt_over_an_autoregressive_past() -> None:
     traits = family_from_config(config("nemotron_labs_diffusion", block_size=32))
-    want = FamilyTraits("nemotron_labs_diffusion", "token-causal", "own", 32, 32, 100, (), grid="prompt")
+    want = FamilyTraits(
+        "nemotron_labs_diffusion", "token-causal", "own", 32, 32, 100, (), grid="prompt", commits_blocks=True
+    )
     assert traits == want
-    assert not traits.commit_seeds
+    assert traits.commit_seeds
     assert not traits.commit_opens
 
 

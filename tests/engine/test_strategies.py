@@ -23,7 +23,11 @@ LIVELY: dict[str, list[dict[str, Any]]] = {
     "entropy": [{"entropy": 1.5}],
     "entropy_bound": [{"gamma": 1.0}],
     "factor": [{"factor": 1.5}],
-    "hierarchical": [{"threshold": 0.6, "low_threshold": 0.3}],
+    "hierarchical": [
+        {"threshold": 0.6, "low_threshold": 0.3},
+        {"threshold": 0.6, "low_threshold": 0.3, "remask_threshold": 0.3},
+        {"threshold": 0.6, "low_threshold": 0.3, "remask_threshold": 0.9},
+    ],
     "credit": [{"threshold": 0.5, "credit_weight": 2.0}],
     "edit": [{"threshold": 0.5, "edit_threshold": 0.3, "post_steps": 3}],
     "freedave": [{"branches": 4, "row_cost": 0.0}, {"branches": 3, "threshold": 0.5, "row_cost": 0.0}],
@@ -119,6 +123,21 @@ def test_freedave_is_static_decoding_in_no_more_forwards(family: str, sampling: 
         fast = run(core, [request(core, "a", prompt_of(length), 40, drafted, **sampling)])["a", 0]
         assert fast.text == plain.text
         assert fast.forwards <= plain.forwards
+
+
+@pytest.mark.parametrize("family", ["sdar16", "fast_dllm_v2", "llada2"])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 11}], ids=["greedy", "sampled"])
+def test_freedave_with_a_threshold_is_threshold_decoding(family: str, sampling: dict[str, Any]) -> None:
+    """Steps that decide several positions pass over branches, and the text stays the same."""
+    core = core_of(family)
+    drafted = {"strategy": "freedave", "threshold": 0.9, "branches": 8, "row_cost": 0.0}
+    plain_forwards = forwards = 0
+    for length in (4, 13, 33):
+        plain = run(core, [request(core, "a", prompt_of(length), 60, {"threshold": 0.9}, **sampling)])["a", 0]
+        fast = run(core, [request(core, "a", prompt_of(length), 60, drafted, **sampling)])["a", 0]
+        assert fast.text == plain.text
+        plain_forwards, forwards = plain_forwards + plain.forwards, forwards + fast.forwards
+    assert forwards < plain_forwards or sampling, "some draft is right"
 
 
 @pytest.mark.parametrize("family", ["sdar16", "llada", "wedlm"])

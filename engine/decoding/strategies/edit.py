@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -46,9 +46,13 @@ class Edit(GridStrategy):
     def refusal(self, traits: FamilyTraits) -> str:
         if refusal := super().refusal(traits):
             return refusal
-        if traits.context == "token-causal":
+        if traits.final_by_token:
             return "a decided token is final as soon as all before it are, so none can be edited"
-        return "" if traits.context == "block-causal" else "it edits blocks, and this model was trained without them"
+        return "it edits blocks, and this model was trained without them" if traits.context == "full" else ""
+
+    def bounds(self, traits: FamilyTraits) -> dict[str, dict[str, Any] | None]:
+        # Every forward looks at all of the block.
+        return super().bounds(traits) | {"sub_block_size": None, "sub_block_cache": None}
 
     def memory(self, values: Values, traits: FamilyTraits) -> dict[str, Memory]:
         return super().memory(values, traits) | {POST: Memory((), torch.int32)}

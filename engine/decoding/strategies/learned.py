@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -47,6 +47,10 @@ class Learned(GridStrategy):
 
     def refusal(self, traits: FamilyTraits) -> str:
         return super().refusal(traits) or ("" if traits.has_filter else "the model folder holds no filter")
+
+    def bounds(self, traits: FamilyTraits) -> dict[str, dict[str, Any] | None]:
+        # The filter looks at all of the block.
+        return super().bounds(traits) | {"sub_block_size": None, "sub_block_cache": None}
 
     def choose(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
         assert self.equipment.filter is not None
