@@ -158,7 +158,8 @@ def build_batch(
         places = torch.where(scratch.here, scratch.place, places)
         positions = torch.where(scratch.here, scratch.position, positions)
         visible = torch.where(scratch.here, scratch.sees, visible)
-        noisy = scratch.here if noisy is None else noisy | scratch.here
+        if scratch.noisy is not None:
+            noisy = scratch.noisy if noisy is None else noisy | scratch.noisy
 
     places = torch.where(inside, places, 0)
     page = state.page_table[slot_of, places.long() // page_size]

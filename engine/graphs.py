@@ -28,16 +28,24 @@ class Bucket:
     query: int
     visible: int
     noisy: bool
+    scratch: bool
 
 
-def bucket_of(tokens: int, rows: int, query: int, visible: int, noisy: bool) -> Bucket:
+def bucket_of(tokens: int, rows: int, query: int, visible: int, noisy: bool, scratch: bool = False) -> Bucket:
     """Few sizes, so that serving soon has met all of them: two token counts for each power of two, bounds far apart.
 
     A row count that is too high costs empty page table rows, a query or context bound that is too high costs programs
-    that return at once.
+    that return at once. Graphs of noisy rows have buffers for draft segments, too.
     """
     step = 1 << max((tokens - 1).bit_length() - 2, 0)
-    return Bucket(-(-tokens // step) * step, _power(rows, 4), _power(query, 8), _power(visible, 4, least=512), noisy)
+    return Bucket(
+        -(-tokens // step) * step,
+        _power(rows, 4),
+        _power(query, 8),
+        _power(visible, 4, least=512),
+        noisy,
+        noisy or scratch,
+    )
 
 
 def _power(value: int, base: int = 2, least: int = 1) -> int:
@@ -69,7 +77,8 @@ class ForwardGraphs:
         if tokens > MAX_TOKENS:
             return None
         noisy = batch.noisy is not None
-        bucket = bucket_of(tokens, layout.page_table.shape[0], layout.max_query, layout.max_visible, noisy)
+        scratch = layout.scratch_start is not None
+        bucket = bucket_of(tokens, layout.page_table.shape[0], layout.max_query, layout.max_visible, noisy, scratch)
         captured = self._captured.get(bucket)
         if captured is None:
             captured = self._capture(bucket)
@@ -105,8 +114,8 @@ def _static_batch(bucket: Bucket, page_size: int, device: torch.device) -> Forwa
         query_start=zeros(bucket.rows + 1),
         page_table=zeros(bucket.rows, -(-bucket.visible // page_size)),
         visible=zeros(bucket.tokens),
-        scratch_start=zeros(bucket.tokens) if bucket.noisy else None,
-        scratch_end=zeros(bucket.tokens) if bucket.noisy else None,
+        scratch_start=zeros(bucket.tokens) if bucket.scratch else None,
+        scratch_end=zeros(bucket.tokens) if bucket.scratch else None,
         max_query=bucket.query,
         max_visible=bucket.visible,
         page_size=page_size,

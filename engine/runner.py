@@ -20,7 +20,7 @@ from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
 from .params import DecodingParams, SamplingParams
 from .plan import Admission, RowPlan, RowReport, StepPlan
-from .sampling import Sampler, SamplingFlags, to_window
+from .sampling import Sampler, SamplingFlags, to_segments, to_window
 from .segments import draft_rows, segment_rows
 from .state import RowState, admit_rows, grant_pages, is_greedy
 
@@ -138,8 +138,8 @@ class ModelRunner:
                 )
         if strategy.biased and forward.logits is not None:
             statistics = self._biased(strategy, group, view, span, statistics, forward)
-        if span.segment_tokens is not None and span.segments is not None:
-            statistics.segments = self._segment_statistics(group, view, span.segments, forward)
+        if strategy.branches and span.segments is not None:
+            statistics.segments = self._segment_statistics(strategy, group, view, span.segments, forward)
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
         outcome = advance(self.state, view, span, decision, self.traits, strategy, self.stop_at_block_end)
         if decision.accepted is not None and span.segments is not None:
@@ -205,17 +205,17 @@ class ModelRunner:
         return to_window(asked, found, rows, window)
 
     def _segment_statistics(
-        self, group: Group, view: RowView, segments: Tensor, forward: Forward
+        self, strategy: Strategy, group: Group, view: RowView, segments: Tensor, forward: Forward
     ) -> WindowStatistics | None:
-        """Of all rows of the segments that ran, on a grid of [rows, S * L]; None where none ran."""
+        """Of all rows of the segments that ran, on a grid of [rows, S, L]; None where none ran."""
         plan = forward.rows[group.first : group.last]
         if not any(row.segments for row in plan):
             return None
         first = forward.query_start[group.first : group.last]
         shift = 1 if self.traits.logit_source == "previous" else 0
-        rows = segment_rows(plan, view.slots, segments, view.start, first, shift)
+        rows = segment_rows(plan, view.slots, segments, view.start, first, shift, causal=strategy.frontier)
         found = self.sampler.propose(self.state, forward.hidden, rows, None, self.decoder.logits, forward.flags)
-        return to_window(rows, found, len(plan), rows.source.shape[0] // len(plan))
+        return to_segments(rows, found, len(plan), max(row.segments for row in plan))
 
     def _admit(self, plan: StepPlan) -> None:
         for slot, key in plan.keeps:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .decoding.registry import strategy_classes
 from .decoding.view import Span
 from .logit_rows import LogitRows
 from .plan import RowPlan
@@ -17,8 +18,9 @@ from .transfer import to_device
 @dataclass
 class Scratch:
     """Of every flat row, [tokens]: its id (None: all are masks), whether it belongs to a draft segment (`here`) and to
-    one in use; the place of its K/V, its RoPE position, how much of the sequence it sees, and its segment's places
-    [first, end)."""
+    one in use; the place of its K/V, its RoPE position, how much of the sequence it sees, and the places [first, end)
+    that it sees of its segment: all of them, or up to its own where the segment is causal. noisy: [tokens] bool, rows
+    of segments that are not causal; None where there are none."""
 
     ids: Tensor | None
     here: Tensor
@@ -28,6 +30,7 @@ class Scratch:
     sees: Tensor
     first: Tensor
     end: Tensor
+    noisy: Tensor | None
 
 
 def scratch_rows(
@@ -51,7 +54,18 @@ def scratch_rows(
         ids = span.segment_tokens[row_of, index.clamp(max=most - 1).long(), nth]
         ids = torch.where(ids < 0, mask_id, ids).int()
     first = span.run_end[row_of] + index * length
-    return Scratch(ids, here, used, span.run_end[row_of] + behind, sees + behind % length, sees, first, first + length)
+    place, end, noisy = span.run_end[row_of] + behind, first + length, None
+    causal = np.array([_is_causal(row) for row in rows])
+    if causal.any():
+        end = torch.where(to_device(causal, device)[row_of], place + 1, end)
+    if any(row.scratch and not _is_causal(row) for row in rows):
+        noisy = here & to_device(~causal, device)[row_of]
+    return Scratch(ids, here, used, place, sees + behind % length, sees, first, end, noisy)
+
+
+def _is_causal(row: RowPlan) -> bool:
+    strategy = strategy_classes()[row.strategy]
+    return strategy.branches and strategy.frontier
 
 
 def draft_rows(
@@ -86,14 +100,22 @@ def draft_rows(
 
 
 def segment_rows(
-    rows: list[RowPlan], slots: Tensor, segments: Tensor, start: Tensor, query_start: Tensor, shift: int
+    rows: list[RowPlan],
+    slots: Tensor,
+    segments: Tensor,
+    start: Tensor,
+    query_start: Tensor,
+    shift: int,
+    causal: bool,
 ) -> LogitRows:
     """All rows of the draft segments of a group, rows * S * L entries for the most S and the longest L of the plan.
 
     slots, start, query_start: [rows]; segments: [rows, S] (see Span). Offsets count through a row's segments. shift: a
     row predicts its own position (0) or the next one (1; the first position of a segment is then predicted by none).
+    causal: segments of a frontier, whose every row predicts the next position, in the step of the span.
     """
     device = start.device
+    shift = 0 if causal else shift
     most, longest = max(row.segments for row in rows), max(row.segment for row in rows)
     length = to_device(np.array([max(row.segment, 1) for row in rows]), device)[:, None, None]
     ran = to_device(np.array([row.segments for row in rows]), device)[:, None, None]
@@ -102,7 +124,7 @@ def segment_rows(
     nth = torch.arange(longest, device=device)[None, None, :]
     valid = (index < ran) & (nth >= shift) & (nth < length) & (segments[:, :most, None] >= 0)
     source = query_start[:, None, None] + width + index * length + nth - shift
-    position = (start[:, None] + segments[:, :most]).int()[:, :, None] + nth.int()
+    position = (start[:, None] + segments[:, :most]).int()[:, :, None] + nth.int() + int(causal)
     row = torch.arange(len(rows), device=device)[:, None, None].expand_as(valid)
     return LogitRows(
         torch.where(valid, source, 0).flatten(),
@@ -111,5 +133,5 @@ def segment_rows(
         (index * longest + nth).expand_as(valid).flatten(),
         position.expand_as(valid).flatten(),
         valid.flatten(),
-        (index + 1).expand_as(valid).flatten().int(),
+        None if causal else (index + 1).expand_as(valid).flatten().int(),
     )

@@ -60,6 +60,7 @@ class FreeDave(GridStrategy):
     name = "freedave"
     source = "FreeDave, arXiv 2510.00294"
     Params = FreeDaveParams
+    branches = True
 
     def refusal(self, traits: FamilyTraits) -> str:
         if traits.context == "token-causal" and traits.mask_id is not None:
@@ -111,16 +112,15 @@ class FreeDave(GridStrategy):
         held = tokens
         state = torch.where(commit, tokens, view.tokens)
         if statistics.segments is not None:
-            found, size = statistics.segments, view.width
+            found = statistics.segments
             right = torch.ones_like(view.fresh)
-            for index in range(found.token.shape[1] // size):
-                part = slice(index * size, (index + 1) * size)
+            for index in range(found.token.shape[1]):
                 filled = masks & (rank < index + 1)
                 branch = torch.where(filled, draft, view.tokens)
-                ran = found.candidates[:, part].any(dim=1)
+                ran = found.candidates[:, index].any(dim=1)
                 right = right & ran & ((commit == filled) & (state == branch)).all(dim=1)
                 left = masks & ~filled
-                token, confidence = found.token[:, part], torch.where(left, found.confidence[:, part], -torch.inf)
+                token, confidence = found.token[:, index], torch.where(left, found.confidence[:, index], -torch.inf)
                 reached = filled | self._step(view, left, confidence)
                 there = right[:, None]
                 commit = torch.where(there, reached, commit)
