@@ -150,12 +150,13 @@ def build_batch(
         positions = torch.where(within, start[row_of] + fed.int(), places)
     scratch = None
     if span.segments is not None and shape.scratch:
-        scratch = scratch_rows(inputs, span, start, traits.mask_id or 0)
+        scratch = scratch_rows(shape, inputs, span, start, traits.mask_id or 0)
         inside = torch.where(scratch.here, scratch.used, inside)
         places = torch.where(scratch.here, scratch.place, places)
         positions = torch.where(scratch.here, scratch.position, positions)
         visible = torch.where(scratch.here, scratch.sees, visible)
-        noisy = scratch.here if noisy is None else noisy | scratch.here
+        if scratch.noisy is not None:
+            noisy = scratch.noisy if noisy is None else noisy | scratch.noisy
 
     places = torch.where(inside, places, 0)
     page = state.page_table[slot_of, places.long() // page_size]

@@ -24,7 +24,7 @@ _BEYOND = 1 << 24
 class Group:
     """Rows [first, last) of a step: one strategy, one window width.
 
-    segments: the most draft segments of a row; segment: rows of the longest one.
+    segments: the most draft segments of a row; segment: rows of the longest one. causal: their rows see no later ones.
     """
 
     strategy: str
@@ -33,6 +33,7 @@ class Group:
     window: int
     segments: int
     segment: int
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class StepShape:
 class StepInputs:
     """The array of a step on the device, as views; int32 unless noted.
 
-    slots (int64), width, segments, segment: [rows]; see `RowPlan`. on_grid, refeeds: [rows] 0 or 1, of the row's
-    strategy. query_start: [rows + 1]. row_of (int64), offset: [tokens], a flat row's row and its place among that row's
-    own. logit_row, logit_nth: [logits] int64, which target of which row. row_cost: [1] float32.
+    slots (int64), width, segments, segment: [rows]; see `RowPlan`. on_grid, refeeds, causal: [rows] 0 or 1, of the
+    row's strategy. query_start: [rows + 1]. row_of (int64), offset: [tokens], a flat row's row and its place among that
+    row's own. logit_row, logit_nth: [logits] int64, which target of which row. row_cost: [1] float32.
     """
 
     slots: Tensor
@@ -71,6 +72,7 @@ class StepInputs:
     segment: Tensor
     on_grid: Tensor
     refeeds: Tensor
+    causal: Tensor
     query_start: Tensor
     row_of: Tensor
     offset: Tensor
@@ -105,7 +107,7 @@ def array_size(shape: StepShape) -> int:
 
 def _sizes(shape: StepShape) -> list[int]:
     rows, tokens, logits = shape.rows, shape.tokens, shape.logits
-    return [*[rows] * 6, rows + 1, tokens, tokens, logits, logits, 1]
+    return [*[rows] * 7, rows + 1, tokens, tokens, logits, logits, 1]
 
 
 def lay_out(
@@ -121,6 +123,7 @@ def lay_out(
     met all of them: idle rows run nothing, tokens beyond the rows' own see nothing, and logits rows beyond them ask for
     nothing. Without it every size is exact.
     """
+    classes = strategy_classes()
     groups: list[Group] = []
     order: list[RowPlan | None] = []
     places: list[int] = []
@@ -141,6 +144,7 @@ def lay_out(
                 max(windows[first:last]),
                 segments if idle is None or not segments else _power(segments),
                 max(row.segment for row in mine) if segments else 0,
+                classes[strategy].branches and classes[strategy].frontier,
             )
         )
         places += range(len(order), len(order) + last - first)
@@ -159,7 +163,6 @@ def lay_out(
         tokens, logits = _two_steps(tokens), _two_steps(logits) if logits else 0
     shape = StepShape(tuple(groups), tokens, logits, query, visible, flags)
     starts = np.concatenate([[0], np.cumsum(widths)])
-    classes = strategy_classes()
     columns = [
         slots,
         [0 if row is None else row.width for row in order],
@@ -167,6 +170,7 @@ def lay_out(
         [1 if row is None else max(row.segment, 1) for row in order],
         [int(not classes[g.strategy].frontier) for g in groups for _ in range(g.first, g.last)],
         [int(classes[g.strategy].refeeds) for g in groups for _ in range(g.first, g.last)],
+        [int(g.causal) for g in groups for _ in range(g.first, g.last)],
         starts,
         *_ragged(widths, starts, tokens),
         *_ragged(targets, np.concatenate([[0], np.cumsum(targets)]), logits),

@@ -21,7 +21,7 @@ from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
 from .params import DecodingParams, SamplingParams
 from .plan import Admission, RowReport, StepPlan
-from .sampling import Sampler, SamplingFlags, to_window
+from .sampling import Sampler, SamplingFlags, to_segments, to_window
 from .segments import draft_rows, segment_rows
 from .state import RowState, admit_rows, grant_pages, is_greedy
 from .transfer import to_device
@@ -168,8 +168,8 @@ class ModelRunner:
                 )
         if strategy.biased and forward.logits is not None:
             statistics = self._biased(strategy, group, view, span, statistics, forward)
-        if span.segment_tokens is not None and span.segments is not None and group.segments:
-            statistics.segments = self._segment_statistics(group, view, span.segments, forward)
+        if strategy.branches and span.segments is not None and group.segments:
+            statistics.segments = self._segment_statistics(strategy, group, view, span.segments, forward)
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
         outcome = advance(self.state, view, span, decision, self.traits, strategy, self.stop_at_block_end)
         if decision.accepted is not None and span.segments is not None:
@@ -232,13 +232,16 @@ class ModelRunner:
         )
         return to_window(asked, found, rows, window)
 
-    def _segment_statistics(self, group: Group, view: RowView, segments: Tensor, forward: Forward) -> WindowStatistics:
-        """Of all rows of the segments that ran, on a grid of [rows, S * L]."""
+    def _segment_statistics(
+        self, strategy: Strategy, group: Group, view: RowView, segments: Tensor, forward: Forward
+    ) -> WindowStatistics:
+        """Of all rows of the segments that ran, on a grid of [rows, S, L]."""
         shift = 1 if self.traits.logit_source == "previous" else 0
-        rows = segment_rows(group, forward.inputs, view.slots, segments, view.start, shift)
-        flags, count = forward.shape.flags, group.last - group.first
+        segments = segments[:, : group.segments]
+        rows = segment_rows(group, forward.inputs, view.slots, segments, view.start, shift, causal=strategy.frontier)
+        flags = forward.shape.flags
         found = self.sampler.propose(self.state, forward.hidden, rows, None, self.decoder.logits, flags)
-        return to_window(rows, found, count, rows.source.shape[0] // count)
+        return to_segments(rows, found, *segments.shape)
 
     def _admit(self, plan: StepPlan) -> None:
         for slot, key in plan.keeps:

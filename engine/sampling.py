@@ -153,3 +153,19 @@ def to_window(rows: LogitRows, found: VocabStatistics, count: int, window: int) 
     assert token is not None
     assert confidence is not None
     return WindowStatistics(asked, token, confidence, grid(found.entropy, torch.inf), grid(found.margin, -torch.inf))
+
+
+def to_segments(rows: LogitRows, found: VocabStatistics, count: int, segments: int) -> WindowStatistics:
+    """`to_window` for the rows of draft segments: [count, segments, rows of the longest one]."""
+    flat = to_window(rows, found, count, rows.source.shape[0] // count)
+
+    def grid(values: Tensor) -> Tensor:
+        return values.reshape(count, segments, -1)
+
+    return WindowStatistics(
+        grid(flat.candidates),
+        grid(flat.token),
+        grid(flat.confidence),
+        None if flat.entropy is None else grid(flat.entropy),
+        None if flat.margin is None else grid(flat.margin),
+    )

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from .decoding.view import Span
-from .layout import Group, StepInputs
+from .layout import Group, StepInputs, StepShape
 from .logit_rows import LogitRows
 
 
 @dataclass
 class Scratch:
     """Of every flat row, [tokens]: its id (None: all are masks), whether it belongs to a draft segment (`here`) and to
-    one in use; the place of its K/V, its RoPE position, how much of the sequence it sees, and its segment's places
-    [first, end)."""
+    one in use; the place of its K/V, its RoPE position, how much of the sequence it sees, and the places [first, end)
+    that it sees of its segment: all of them, or up to its own where the segment is causal. noisy: [tokens] bool, rows
+    of segments that are not causal; None where there are none."""
 
     ids: Tensor | None
     here: Tensor
@@ -26,9 +27,10 @@ class Scratch:
     sees: Tensor
     first: Tensor
     end: Tensor
+    noisy: Tensor | None
 
 
-def scratch_rows(inputs: StepInputs, span: Span, start: Tensor, mask_id: int) -> Scratch:
+def scratch_rows(shape: StepShape, inputs: StepInputs, span: Span, start: Tensor, mask_id: int) -> Scratch:
     assert span.segments is not None
     row_of, offset = inputs.row_of, inputs.offset
     width, length = inputs.width[row_of], inputs.segment[row_of]
@@ -46,7 +48,13 @@ def scratch_rows(inputs: StepInputs, span: Span, start: Tensor, mask_id: int) ->
         ids = span.segment_tokens[row_of, index.clamp(max=most - 1).long(), nth]
         ids = torch.where(ids < 0, mask_id, ids).int()
     first = span.run_end[row_of] + index * length
-    return Scratch(ids, here, used, span.run_end[row_of] + behind, sees + behind % length, sees, first, first + length)
+    place, end, noisy = span.run_end[row_of] + behind, first + length, None
+    kinds = {group.causal for group in shape.groups if group.segments}
+    if True in kinds:
+        end = torch.where(inputs.causal[row_of] > 0, place + 1, end)
+    if False in kinds:
+        noisy = here & (inputs.causal[row_of] == 0)
+    return Scratch(ids, here, used, place, sees + behind % length, sees, first, end, noisy)
 
 
 def draft_rows(
@@ -77,22 +85,24 @@ def draft_rows(
 
 
 def segment_rows(
-    group: Group, inputs: StepInputs, slots: Tensor, segments: Tensor, start: Tensor, shift: int
+    group: Group, inputs: StepInputs, slots: Tensor, segments: Tensor, start: Tensor, shift: int, causal: bool
 ) -> LogitRows:
-    """All rows of the draft segments of a group, rows * S * L entries for the most S and the longest L of the group.
+    """All rows of the draft segments of a group, rows * S * L entries for the longest L of the group.
 
     inputs: of the step; slots, start: [rows of the group]; segments: [rows, S] (see Span). Offsets count through a
     row's segments. shift: a row predicts its own position (0) or the next one (1; the first position of a segment is
-    then predicted by none).
+    then predicted by none). causal: segments of a frontier, whose every row predicts the next position, in the step of
+    the span.
     """
     device = start.device
-    most, longest = min(group.segments, segments.shape[1]), group.segment
+    shift = 0 if causal else shift
+    most, longest = segments.shape[1], group.segment
     length, ran, behind = (column[:, None, None] for column in _of_group(group, inputs))
     index = torch.arange(most, device=device)[None, :, None]
     nth = torch.arange(longest, device=device)[None, None, :]
-    valid = (index < ran) & (nth >= shift) & (nth < length) & (segments[:, :most, None] >= 0)
+    valid = (index < ran) & (nth >= shift) & (nth < length) & (segments[:, :, None] >= 0)
     source = behind + index * length + nth - shift
-    position = (start[:, None] + segments[:, :most]).int()[:, :, None] + nth.int()
+    position = (start[:, None] + segments).int()[:, :, None] + nth.int() + int(causal)
     row = torch.arange(slots.shape[0], device=device)[:, None, None].expand_as(valid)
     return LogitRows(
         torch.where(valid, source, 0).flatten(),
@@ -101,7 +111,7 @@ def segment_rows(
         (index * longest + nth).expand_as(valid).flatten(),
         position.expand_as(valid).flatten(),
         valid.flatten(),
-        (index + 1).expand_as(valid).flatten().int(),
+        None if causal else (index + 1).expand_as(valid).flatten().int(),
     )
 
 

@@ -118,6 +118,8 @@ def advance(
         start = view.start + torch.where(whole, leading, 0).int()
         # The last token is fed again: its row predicts the next position.
         final_len = torch.where(whole, start, torch.minimum(done + 1, view.start)) - 1
+        if decision.backed is not None:
+            final_len = torch.where(whole, torch.minimum(final_len, view.start + decision.backed), final_len)
     elif strategy.frontier:
         start = view.start + torch.where(whole, leading, 0).int()
         final_len = torch.maximum(view.final_len, done)

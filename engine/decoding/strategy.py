@@ -51,6 +51,8 @@ class Strategy:
     refeeds: (frontier) the last token is fed again, since its row predicts the next one.
     asks_all: rows may want statistics of decided positions of the block, too. biased: it changes logits before they are
         looked at.
+    branches: its draft segments hold tokens, and statistics of all of them are wanted. Those of a frontier are causal
+        and clean like its span; others see all of themselves.
     reference: keep the rules of progress of the authors' code where ours differ.
     """
 
@@ -61,6 +63,7 @@ class Strategy:
     refeeds: ClassVar[bool] = False
     asks_all: ClassVar[bool] = False
     biased: ClassVar[bool] = False
+    branches: ClassVar[bool] = False
 
     def __init__(self, reference: bool = False, equipment: Equipment | None = None) -> None:
         self.reference = reference

@@ -127,7 +127,8 @@ class WindowStatistics:
 
     token: [rows, W] int64, proposed id. confidence: [rows, W] float32, -inf elsewhere. entropy (nats), margin (of the
     two best logits): [rows, W] float32, where a strategy of the batch needs them.
-    segments: of the rows of the draft segments, [rows, S * L]; where a strategy with segment tokens ran some.
+    segments: of the draft segments, [rows, S, L]; where a strategy with `branches` ran some. On a frontier entry i of a
+        segment is what its row i says of the next position.
     """
 
     candidates: Tensor
@@ -163,6 +164,8 @@ class Decision:
     steps: [rows] int32, single steps that the decision stands for (sampling draws by the step); None: one.
     drafts: [rows, W] ids to stand at undecided positions, counted from the new `start`; None keeps what is there.
     accepted: [rows] int64, how many of the drafts that masks made were right; None where masks make none.
+    backed: (frontier that feeds the last token again) [rows] int64, how many positions of the window hold K/V of what
+        is decided there; None: all decided ones but the last.
     """
 
     commit: Tensor
@@ -176,3 +179,4 @@ class Decision:
     steps: Tensor | None = None
     drafts: Tensor | None = None
     accepted: Tensor | None = None
+    backed: Tensor | None = None

@@ -32,7 +32,11 @@ LIVELY: dict[str, list[dict[str, Any]]] = {
     "edit": [{"threshold": 0.5, "edit_threshold": 0.3, "post_steps": 3}],
     "freedave": [{"branches": 4, "row_cost": 0.0}, {"branches": 3, "threshold": 0.5, "row_cost": 0.0}],
     "reorder": [{"window": 6, "entropy": 1.5}],
-    "jacobi": [{"draft_length": 5}],
+    "jacobi": [
+        {"draft_length": 5},
+        {"draft_length": 4, "blocks": 3, "spawn_ratio": 0.5, "candidates": 3},
+        {"draft_length": 7, "candidates": 16},
+    ],
 }
 CANVAS = [{"cache": "none", "block_length": 8}, {"cache": "dual", "block_length": 12}]
 ENGINES: dict[str, EngineCore] = {}

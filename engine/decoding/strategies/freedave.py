@@ -64,6 +64,7 @@ class FreeDave(GridStrategy):
     name = "freedave"
     source = "FreeDave, arXiv 2510.00294"
     Params = FreeDaveParams
+    branches = True
 
     def refusal(self, traits: FamilyTraits) -> str:
         if traits.final_by_token and traits.mask_id is not None:
@@ -112,10 +113,10 @@ class FreeDave(GridStrategy):
         token, confidence = statistics.token[:, None], statistics.confidence[:, None]
         ran = torch.ones_like(view.fresh)[:, None]
         if statistics.segments is not None:
-            found, size = statistics.segments, view.width
-            token = torch.cat([token, found.token.unflatten(1, (-1, size))], dim=1)
-            confidence = torch.cat([confidence, found.confidence.unflatten(1, (-1, size))], dim=1)
-            ran = torch.cat([ran, found.candidates.unflatten(1, (-1, size)).any(dim=2)], dim=1)
+            found = statistics.segments
+            token = torch.cat([token, found.token], dim=1)
+            confidence = torch.cat([confidence, found.confidence], dim=1)
+            ran = torch.cat([ran, found.candidates.any(dim=2)], dim=1)
         # [rows, K, W]: what each state has decided, and what a single step on it decides.
         filled = branches(masks, self._order(view, sure), token.shape[1])
         left = masks[:, None] & ~filled
