@@ -17,6 +17,7 @@ from .family import FamilyTraits
 from .logit_rows import LogitRows
 from .plan import RowPlan
 from .segments import scratch_rows
+from .smoothing import mixtures_at
 from .state import RowState
 from .transfer import to_device
 
@@ -26,7 +27,7 @@ class ForwardBatch:
     """ids, positions, slots: [tokens] int32. Padding rows (beyond a row's span) write to page 0 and see nothing.
 
     noisy: [tokens] bool, rows that are not final (masks, and tokens of a block that is being denoised), for models that
-    treat them apart; None where there are none.
+    treat them apart; None where there are none. added: [tokens, hidden], to the embeddings of masks, or None.
     """
 
     ids: Tensor
@@ -35,6 +36,7 @@ class ForwardBatch:
     layout: AttentionLayout
     noisy: Tensor | None
     logits: LogitRows | None
+    added: Tensor | None = None
 
 
 def concat_spans(spans: list[Span]) -> Span:
@@ -114,11 +116,19 @@ def cap_span(span: Span, caps: Tensor) -> tuple[Span, Tensor]:
 
 
 def build_batch(
-    state: RowState, rows: list[RowPlan], slots: Tensor, span: Span, start: Tensor, traits: FamilyTraits, page_size: int
+    state: RowState,
+    rows: list[RowPlan],
+    slots: Tensor,
+    span: Span,
+    start: Tensor,
+    traits: FamilyTraits,
+    page_size: int,
+    smoothed: bool = False,
 ) -> ForwardBatch:
     """Lay the rows' spans out as one flat batch, each row's draft segments behind its span.
 
     rows: the plan (host). slots: [rows] int64 state slots. span: capped spans. start: [rows] first window positions.
+    smoothed: masks of some row take in what they said before.
     The layout's sizes come from the plan, so that nothing waits for the device.
     """
     device = state.device
@@ -166,6 +176,7 @@ def build_batch(
     ids = state.tokens[slot_of, torch.where(inside, positions, 0).long()]
     if scratch is not None:
         ids = torch.where(scratch.here, traits.mask_id or 0 if scratch.ids is None else scratch.ids, ids)
+    added = mixtures_at(state, slot_of, places - start[row_of], places) if smoothed else None
     end = max(row.end for row in rows)
     layout = AttentionLayout(
         query_start=query_start,
@@ -179,7 +190,7 @@ def build_batch(
         page_size=page_size,
     )
     logits = _logit_rows(rows, slots, span, start, query_start, traits)
-    return ForwardBatch(ids, torch.where(inside, positions, 0), flat.int(), layout, noisy, logits)
+    return ForwardBatch(ids, torch.where(inside, positions, 0), flat.int(), layout, noisy, logits, added)
 
 
 def _block_end(state: RowState, slot: Tensor, places: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .params import DecodingParams, SamplingParams
 from .plan import Admission, RowPlan, RowReport, StepPlan
 from .sampling import Sampler, SamplingFlags, to_window
 from .segments import draft_rows, segment_rows
+from .smoothing import Mixer, make_room
 from .state import RowState, admit_rows, grant_pages, is_greedy
 
 
@@ -85,15 +86,16 @@ class ModelRunner:
         span, whole = cap_span(concat_spans(spans), self._ints([row.width for row in plan.rows]))
         start = torch.cat([view.start for view in views]) if len(views) > 1 else views[0].start
 
-        batch = build_batch(state, plan.rows, slots, span, start, traits, self.cache.page_size)
-        hidden = self._forward(batch)
-        width = span.targets.shape[1]
         flags = SamplingFlags()
         for some in {self._flags[row.slot] for row in plan.rows}:
             flags |= some
+        batch = build_batch(state, plan.rows, slots, span, start, traits, self.cache.page_size, flags.smoothed)
+        hidden = self._forward(batch)
+        width = span.targets.shape[1]
         if batch.logits is not None:
             seeding = None if traits.commits_blocks else span.seeding
-            found = self.sampler.propose(state, hidden, batch.logits, seeding, self.decoder.logits, flags)
+            mixer = Mixer(state, self.decoder.embedding) if flags.smoothed else None
+            found = self.sampler.propose(state, hidden, batch.logits, seeding, self.decoder.logits, flags, mixer=mixer)
             statistics = to_window(batch.logits, found, len(plan.rows), width)
         else:
             statistics = no_statistics(len(plan.rows), width, state.device)
@@ -111,10 +113,10 @@ class ModelRunner:
         ]
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
-        hidden = self.graphs.forward(batch) if self.graphs is not None else None
+        hidden = self.graphs.forward(batch) if self.graphs is not None and batch.added is None else None
         if hidden is None:
             hidden = self.decoder.forward(
-                batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy
+                batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy, batch.added
             )
         return hidden
 
@@ -228,7 +230,7 @@ class ModelRunner:
         admit_rows(self.state, plan.admissions, self.traits.stop_ids, self.traits.mask_id)
         for row in plan.admissions:
             for name, value in self._kept.pop(row.key, {}).items():
-                self.state.memory[name][row.slot] = value
+                self.state.memory[name][row.slot][tuple(map(slice, value.shape))] = value
         grant_pages(self.state, plan.grants)
         if self.reference and plan.admissions:
             # The authors' code compares probabilities of the model's dtype, which rounds the threshold to it too.
@@ -246,6 +248,8 @@ class ModelRunner:
             if name not in state.memory:
                 shape = (state.start.shape[0], *memory.shape)
                 state.memory[name] = torch.zeros(shape, dtype=memory.dtype, device=state.device)
+        if _smoothed(row.decoding):
+            make_room(state, strategy.window(row.decoding.values, self.traits), self.decoder.embedding)
 
     def _groups(self, rows: list[RowPlan]) -> list[Group]:
         groups: list[Group] = []
@@ -274,7 +278,12 @@ def _flags(sampling: SamplingParams, decoding: DecodingParams, strategy: Strateg
         filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
         entropy=bool(needs & Needs.ENTROPY),
         margin=bool(needs & Needs.MARGIN),
+        smoothed=_smoothed(decoding),
     )
+
+
+def _smoothed(decoding: DecodingParams) -> bool:
+    return float(decoding.values.get("smoothing", 0.0)) > 0
 
 
 def marginal_cost(rows: int, share: float) -> float:
