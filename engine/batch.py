@@ -16,6 +16,7 @@ from .family import FamilyTraits
 from .layout import StepInputs, StepShape
 from .logit_rows import LogitRows
 from .segments import scratch_rows
+from .smoothing import mixtures_at
 from .state import RowState
 
 
@@ -24,7 +25,7 @@ class ForwardBatch:
     """ids, positions, slots: [tokens] int32. Padding rows (beyond a row's span) write to page 0 and see nothing.
 
     noisy: [tokens] bool, rows that are not final (masks, and tokens of a block that is being denoised), for models that
-    treat them apart; None where there are none.
+    treat them apart; None where there are none. added: [tokens, hidden], to the embeddings of masks, or None.
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class ForwardBatch:
     layout: AttentionLayout
     noisy: Tensor | None
     logits: LogitRows | None
+    added: Tensor | None = None
 
 
 def concat_spans(spans: list[Span]) -> Span:
@@ -164,6 +166,7 @@ def build_batch(
     ids = state.tokens[slot_of, torch.where(inside, positions, 0).long()]
     if scratch is not None:
         ids = torch.where(scratch.here, traits.mask_id or 0 if scratch.ids is None else scratch.ids, ids)
+    added = mixtures_at(state, slot_of, places - start[row_of], places) if shape.flags.smoothed else None
     layout = AttentionLayout(
         query_start=inputs.query_start,
         page_table=state.page_table[slots, : -(-shape.visible // page_size)],
@@ -176,7 +179,7 @@ def build_batch(
         page_size=page_size,
     )
     logits = _logit_rows(inputs, span, start, traits) if shape.logits else None
-    return ForwardBatch(ids, torch.where(inside, positions, 0), flat.int(), layout, noisy, logits)
+    return ForwardBatch(ids, torch.where(inside, positions, 0), flat.int(), layout, noisy, logits, added)
 
 
 def _block_end(state: RowState, slot: Tensor, places: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from .params import DecodingParams, SamplingParams
 from .plan import Admission, RowReport, StepPlan
 from .sampling import Sampler, SamplingFlags, to_segments, to_window
 from .segments import draft_rows, segment_rows
+from .smoothing import Mixer, make_room
 from .state import RowState, admit_rows, grant_pages, is_greedy
 from .transfer import to_device
 
@@ -112,11 +113,16 @@ class ModelRunner:
         start = torch.cat([view.start for view in views]) if len(views) > 1 else views[0].start
 
         batch = build_batch(state, shape, inputs, span, start, traits, self.cache.page_size, lengths)
-        hidden = self.decoder.forward(batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy)
+        hidden = self.decoder.forward(
+            batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy, batch.added
+        )
         width = span.targets.shape[1]
         if batch.logits is not None:
             seeding = None if traits.commits_blocks else span.seeding
-            found = self.sampler.propose(state, hidden, batch.logits, seeding, self.decoder.logits, shape.flags)
+            mixer = Mixer(state, self.decoder.embedding) if shape.flags.smoothed else None
+            found = self.sampler.propose(
+                state, hidden, batch.logits, seeding, self.decoder.logits, shape.flags, mixer=mixer
+            )
             statistics = to_window(batch.logits, found, shape.rows, width)
         else:
             statistics = no_statistics(shape.rows, width, state.device)
@@ -142,9 +148,9 @@ class ModelRunner:
             self._idle.__getitem__ if self.rounding and small else None,
         )
 
-    def _state_version(self) -> tuple[int, ...]:
+    def _state_version(self) -> tuple[object, ...]:
         """Changes when a tensor of the state is replaced, or a new one is there."""
-        return self.state.stops.shape[1], len(self.state.memory)
+        return self.state.stops.shape, *((name, kept.shape) for name, kept in self.state.memory.items())
 
     def _advance(
         self,
@@ -254,7 +260,7 @@ class ModelRunner:
         admit_rows(self.state, admissions, self.traits.stop_ids, self.traits.mask_id)
         for row in plan.admissions:
             for name, value in self._kept.pop(row.key, {}).items():
-                self.state.memory[name][row.slot] = value
+                self.state.memory[name][row.slot][tuple(map(slice, value.shape))] = value
         grant_pages(self.state, plan.grants)
         if self.reference and plan.admissions:
             # The authors' code compares probabilities of the model's dtype, which rounds the threshold to it too.
@@ -272,6 +278,8 @@ class ModelRunner:
             if name not in state.memory:
                 shape = (state.start.shape[0], *memory.shape)
                 state.memory[name] = torch.zeros(shape, dtype=memory.dtype, device=state.device)
+        if _smoothed(row.decoding):
+            make_room(state, strategy.window(row.decoding.values, self.traits), self.decoder.embedding)
 
     def _idle_rows(self, admissions: list[Admission]) -> list[Admission]:
         """A row for each strategy that comes for the first time, with nothing to do: steps are filled up with it."""
@@ -295,7 +303,12 @@ def _flags(sampling: SamplingParams, decoding: DecodingParams, strategy: Strateg
         filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
         entropy=bool(needs & Needs.ENTROPY),
         margin=bool(needs & Needs.MARGIN),
+        smoothed=_smoothed(decoding),
     )
+
+
+def _smoothed(decoding: DecodingParams) -> bool:
+    return float(decoding.values.get("smoothing", 0.0)) > 0
 
 
 def marginal_cost(rows: int, share: float) -> float:

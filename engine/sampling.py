@@ -30,6 +30,7 @@ class SamplingFlags:
     filtered_confidence: bool = False  # some row wants the probability after the filters
     entropy: bool = False  # some row's strategy needs it, and so on
     margin: bool = False
+    smoothed: bool = False  # some row's masks are to be mixed with what they say
 
     def __or__(self, other: SamplingFlags) -> SamplingFlags:
         return SamplingFlags(*(a or b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -53,11 +54,12 @@ class Sampler:
         to_logits: Callable[[Tensor], Tensor],
         flags: SamplingFlags,
         bias: LogitBias | None = None,
+        mixer: Callable[[LogitRows, Tensor], None] | None = None,
     ) -> VocabStatistics:
         """Token, confidence and what the flags ask for of every logits row, [M] each.
 
         hidden: [tokens, hidden size]. seeding: [rows] bool, or None. Noise is keyed by (seed, choice, position,
-        block step). bias: of all rows, [M, S].
+        block step). bias: of all rows, [M, S]. mixer: is given the rows and their logits, what is banned at -inf.
         """
         parts = []
         for at in range(0, rows.source.shape[0], CHUNK):
@@ -66,6 +68,8 @@ class Sampler:
             if bias is not None:
                 logits.scatter_add_(1, bias.ids[at : at + CHUNK], bias.values[at : at + CHUNK].to(logits.dtype))
             parts.append(self.choose(state, logits, part, seeding, flags))
+            if mixer is not None:
+                mixer(part, logits)
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def choose(

@@ -13,6 +13,14 @@ def ranks(score: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, positions)
 
 
+def threshold_at(step: Tensor, threshold: Tensor, decay: Tensor) -> Tensor:
+    """[rows] float32: a threshold that starts at 1 and falls by `decay` a step until it is reached; 0, -1: constant.
+
+    (dInfer's iteration smoothing lets its decoders' threshold fall so.)
+    """
+    return torch.where(decay > 0, torch.maximum(1 - decay * step, threshold), threshold)
+
+
 def scheduled(step: Tensor, steps: Tensor, block: Tensor) -> Tensor:
     """[rows]: positions that step `step` of a block has to commit when `steps` forwards share it.
 

@@ -134,6 +134,22 @@ class GridParams(msgspec.Struct, frozen=True):
     aligned: Annotated[bool, Meta(description="blocks on the grid from the sequence's start, not the prompt's end")] = (
         False
     )
+    smoothing: (
+        Annotated[
+            float,
+            Meta(
+                ge=0.0, le=1.0, description="most weight of what a mask said before in its input (dInfer); default: 0"
+            ),
+        ]
+        | None
+    ) = None
+    smoothing_start: (
+        Annotated[float, Meta(ge=0.0, le=1.0, description="that weight after a block's first forward; default: 0.15")]
+        | None
+    ) = None
+    smoothing_growth: (
+        Annotated[float, Meta(ge=0.0, le=1.0, description="what each forward adds to the weight; default: 0.02")] | None
+    ) = None
     halt: (
         Annotated[
             Literal["never", "linear", "cosine", "exponential"],
@@ -198,6 +214,9 @@ class GridStrategy(Strategy):
         elif traits.final_by_token:
             # Decided tokens are final as soon as all before them are: nothing is stale.
             changes["sub_block_cache"] = None
+        if traits.context != "full" or traits.logit_source != "own":
+            # As dInfer has it: a mask mixes in what its own row says, and no K/V but the canvas's comes of it.
+            changes |= {name: None for name in GridParams.__struct_fields__ if name.startswith("smoothing")}
         return changes
 
     def needs(self, values: Values) -> Needs:

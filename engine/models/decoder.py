@@ -169,12 +169,13 @@ class Decoder:
         cache: KVCache,
         layout: AttentionLayout,
         noisy: Tensor | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         """Run `tokens` rows and write their K/V to `slots` before anything reads them.
 
         ids, positions (RoPE), slots (flat: page * page_size + offset): [tokens] int32. noisy: [tokens] bool, the rows
-        that a gated adapter acts on; None: on none. Returns the last layer's hidden states before the final norm,
-        [tokens, hidden].
+        that a gated adapter acts on; None: on none. added: [tokens, hidden] to their embeddings, or None. Returns the
+        last layer's hidden states before the final norm, [tokens, hidden].
         """
         b = self.backbone
         gate = Gate(noisy, self.dtype) if noisy is not None and self.layers[0].adapters is not None else None
@@ -184,6 +185,8 @@ class Decoder:
             # A mask id in a prompt is a final token like any other.
             masks = noisy & (ids == self.mask_id)
             residual = torch.where(masks[:, None], self.mask_embedding, residual)
+        if added is not None:
+            residual = residual + added
         x = rms_norm(residual, self.layers[0].input_norm, b.norm_eps, self.fused_norm, backend=self.backend)
         for index, layer in enumerate(self.layers):
             adapters = layer.adapters if gate is not None else None

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from ...family import FamilyTraits
 from ..memory import Memory
-from ..ranking import ranks
+from ..ranking import ranks, threshold_at
 from ..strategy import GridParams, GridStrategy, Values
 from ..view import Decision, LogitBias, RowView, WindowStatistics
 
@@ -22,6 +22,10 @@ class CreditParams(GridParams, frozen=True):
     """Every position above a threshold, where ids that were the best guess before have their logits raised."""
 
     threshold: Annotated[float, Meta(ge=0.0, le=1.0, description="commit if confidence > threshold")] = 0.9
+    threshold_decay: (
+        Annotated[float, Meta(ge=0.0, le=1.0, description="the threshold falls to its value from 1, by this a forward")]
+        | None
+    ) = None
     credit_weight: Annotated[float, Meta(ge=0.0, le=10.0, description="of the raise, alpha")] = 0.7
     credit_power: Annotated[float, Meta(ge=0.0, le=10.0, description="of a guess's probability, gamma")] = 0.2
     credit_decay: Annotated[float, Meta(ge=0.0, le=1.0, description="of the credit, each forward, beta")] = 0.8
@@ -67,6 +71,7 @@ class Credit(GridStrategy):
         return LogitBias(ids, view.parameters["credit_weight"][:, None, None] * torch.log1p(credit))
 
     def choose(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
-        above = statistics.confidence > view.parameters["threshold"][:, None]
+        bar = threshold_at(view.step, view.parameters["threshold"], view.parameters["threshold_decay"])
+        above = statistics.confidence > bar[:, None]
         best = ranks(statistics.confidence) == 0
         return Decision(statistics.candidates & (above | best), statistics.token)

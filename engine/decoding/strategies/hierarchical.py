@@ -9,7 +9,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from ...family import FamilyTraits
-from ..ranking import ranks
+from ..ranking import ranks, threshold_at
 from ..spans import plan_grid, predicted_by_kept, refined
 from ..strategy import GridParams, GridStrategy
 from ..view import Decision, RowView, Span, WindowStatistics
@@ -19,6 +19,10 @@ class HierarchicalParams(GridParams, frozen=True):
     """Every position above a threshold, and the best one of each run of masks if it is above a lower one."""
 
     threshold: Annotated[float, Meta(ge=0.0, le=1.0, description="commit if confidence > threshold")] = 0.9
+    threshold_decay: (
+        Annotated[float, Meta(ge=0.0, le=1.0, description="the threshold falls to its value from 1, by this a forward")]
+        | None
+    ) = None
     low_threshold: Annotated[
         float, Meta(ge=0.0, le=1.0, description="what the best position of a run of masks must exceed")
     ] = 0.6
@@ -70,7 +74,8 @@ class Hierarchical(GridStrategy):
         confidence = torch.where(asked, statistics.confidence, -torch.inf)
         best = confidence == _best_of_run(asked, confidence)
         split = best & (confidence > view.parameters["low_threshold"][:, None])
-        sure = confidence > view.parameters["threshold"][:, None]
+        bar = threshold_at(view.step, view.parameters["threshold"], view.parameters["threshold_decay"])
+        sure = confidence > bar[:, None]
         commit = asked & (split | sure | (ranks(confidence) == 0))
         missing = torch.where(remasks, doubted.sum(dim=1) + 1 - commit.sum(dim=1), 0)
         rest = asked & ~commit

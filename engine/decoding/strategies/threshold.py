@@ -8,7 +8,7 @@ import torch
 from msgspec import Meta
 
 from ...family import FamilyTraits
-from ..ranking import ranks, scheduled
+from ..ranking import ranks, scheduled, threshold_at
 from ..strategy import GridParams, GridStrategy
 from ..view import Decision, RowView, WindowStatistics
 
@@ -17,6 +17,10 @@ class ThresholdParams(GridParams, frozen=True):
     """Every position whose confidence exceeds a threshold, at least what the schedule asks for."""
 
     threshold: Annotated[float, Meta(ge=0.0, le=1.0, description="commit if confidence > threshold")] = 0.9
+    threshold_decay: (
+        Annotated[float, Meta(ge=0.0, le=1.0, description="the threshold falls to its value from 1, by this a forward")]
+        | None
+    ) = None
     denoising_steps: (
         Annotated[int, Meta(ge=1, le=256, description="schedule that sets the floor; default: one position a forward")]
         | None
@@ -41,7 +45,8 @@ class Threshold(GridStrategy):
 
     def choose(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
         floor = scheduled(view.step, view.parameters["denoising_steps"], view.block)
-        above = statistics.candidates & (statistics.confidence > view.parameters["threshold"][:, None])
+        bar = threshold_at(view.step, view.parameters["threshold"], view.parameters["threshold_decay"])
+        above = statistics.candidates & (statistics.confidence > bar[:, None])
         rank = ranks(statistics.confidence)
         pace = view.parameters["pace"]
         decided = (view.generated & view.decided).sum(dim=1)
