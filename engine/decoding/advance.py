@@ -125,8 +125,9 @@ def advance(
         final_len = torch.maximum(view.final_len, done)
         state.step[view.slots] = (view.step + whole.int()).int()
     else:
-        moved = complete & whole
-        start = view.start + torch.where(moved, view.block, 0).int()
+        passed = torch.where(complete, view.block, 0) if decision.passed is None else decision.passed
+        moved = (passed > 0) & whole
+        start = view.start + torch.where(moved, passed, 0).int()
         if traits.commit_opens:
             # A chunk leaves the row that opens to the step that asks it.
             done = torch.where(whole, done, torch.minimum(done, span.clean_end - 1))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_engines import Answers, engine, prompt_of, request, run
+from tiny_llada_moe import MASK, core_of, llada_moe
 from torch import Tensor
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from linocut.engine.core import EngineCore
 from linocut.engine.decoding.registry import offered
@@ -18,23 +17,7 @@ from linocut.engine.errors import ParameterError
 from linocut.engine.family import FamilyTraits
 from linocut.engine.messages import AddRequest
 
-MASK = 299
-CONFIG: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "norm_topk_prob": False,
-    "eos_token_id": 2,
-}
-PLAIN: dict[str, Any] = {"strategy": "threshold", "threshold": 0.5, "block_length": 8, "cache": "none"}
+PLAIN: dict[str, Any] = {"strategy": "threshold", "threshold": 0.15, "block_length": 8, "cache": "none"}
 SETTINGS: list[dict[str, Any]] = [
     {"smoothing": 0.3},
     {"smoothing": 1.0, "smoothing_start": 0.5, "smoothing_growth": 0.1},
@@ -47,20 +30,7 @@ LENGTHS = [3, 21, 1, 32]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("llada_moe")
-    torch.manual_seed(6)
-    network = Qwen3MoeForCausalLM(Qwen3MoeConfig(**CONFIG, attn_implementation="eager")).eval()
-    with torch.no_grad():
-        for name, tensor in network.named_parameters():
-            if not name.endswith("norm.weight"):
-                tensor.normal_(0.0, 0.6 if "embed" in name or "mlp.gate." in name else 0.25)
-    network.save_pretrained(folder)
-    own = {"model_type": "lladamoe", "architectures": ["LLaDAMoEModelLM"], "mask_token_id": MASK, "qk_layernorm": True}
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | own))
-    return folder, network
-
-
-def core_of(model: tuple[Path, Any], **settings: Any) -> EngineCore:
-    return engine("llada", model=str(model[0]), mask_id=MASK, **settings)
+    return folder, llada_moe(folder)
 
 
 @torch.no_grad()
@@ -107,7 +77,7 @@ def texts(answers: Answers) -> dict[str, Any]:
 
 
 def test_the_text_is_that_of_the_described_loop(model: tuple[Path, Any]) -> None:
-    core, differ = core_of(model), 0
+    core, differ = core_of(model[0]), 0
     for message in requests(core):
         want = smoothed_text(model[1], message.prompt, message.sampling.max_tokens, dict(message.decoding.values))
         assert run(core, [message])[message.request_id, 0].tokens == want, message.request_id
@@ -120,11 +90,11 @@ def test_the_text_is_that_of_the_described_loop(model: tuple[Path, Any]) -> None
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("tight", [{}, {"pages": 12, "page_size": 8, "max_model_len": 64}], ids=str)
 def test_strangers_and_preemptions_do_not_change_it(model: tuple[Path, Any], cache: str, tight: dict[str, Any]) -> None:
-    core = core_of(model)
+    core = core_of(model[0])
     alone: dict[str, Any] = {}
     for message in requests(core, cache=cache):
         alone |= texts(run(core, [message]))
-    crowd = core_of(model, **tight)
+    crowd = core_of(model[0], **tight)
     others: list[dict[str, Any]] = [{}, {"strategy": "credit", "smoothing": 0.5, "block_length": 32}, {"cache": "dual"}]
     strangers = [
         request(crowd, f"stranger-{i}", prompt_of(9 + 5 * i, seed=50), 20, others[i % 3], temperature=1.0, seed=i)
@@ -146,7 +116,7 @@ def test_strangers_and_preemptions_do_not_change_it(model: tuple[Path, Any], cac
 
 
 def test_no_weight_is_no_smoothing(model: tuple[Path, Any]) -> None:
-    core = core_of(model)
+    core = core_of(model[0])
     without, zero = (
         run(core, [request(core, "a", prompt_of(13), 24, {**PLAIN, **more})])["a", 0]
         for more in ({}, {"smoothing": 0.0})
@@ -173,7 +143,7 @@ def test_it_is_offered_where_a_canvas_predicts_in_place() -> None:
 @pytest.mark.parametrize("more", [{"smoothing": 1.5}, {"smoothing_start": -0.1}, {"smoothing_growth": True}], ids=str)
 def test_what_is_out_of_bounds_is_refused(model: tuple[Path, Any], more: dict[str, Any]) -> None:
     with pytest.raises(ParameterError) as refused:
-        request(core_of(model), "a", [9], 4, {**PLAIN, **more})
+        request(core_of(model[0]), "a", [9], 4, {**PLAIN, **more})
     assert refused.value.param == f"diffusion.{next(iter(more))}"
 
 

@@ -31,6 +31,7 @@ LIVELY: dict[str, list[dict[str, Any]]] = {
     "credit": [{"threshold": 0.5, "credit_weight": 2.0}],
     "edit": [{"threshold": 0.5, "edit_threshold": 0.3, "post_steps": 3}],
     "freedave": [{"branches": 4, "row_cost": 0.0}, {"branches": 3, "threshold": 0.5, "row_cost": 0.0}],
+    "pipeline": [{"threshold": 0.3}, {"threshold": 0.5, "blocks": 3, "begin": 0.5}],
     "reorder": [{"window": 6, "entropy": 1.5}],
     "jacobi": [
         {"draft_length": 5},
