@@ -62,6 +62,7 @@ class ForwardGraphs:
         self._decoder, self._cache = decoder, cache
         self._captured: OrderedDict[Bucket, _Captured] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
+        self.replays = self.captures = self.padding = 0  # for the metrics
 
     def forward(self, batch: ForwardBatch) -> Tensor | None:
         """Hidden states [>= tokens, hidden], valid until the next call; None if the batch is too large for a graph."""
@@ -76,9 +77,12 @@ class ForwardGraphs:
         self._captured.move_to_end(bucket)
         _fill(captured.batch, batch)
         captured.graph.replay()
+        self.replays += 1
+        self.padding += bucket.tokens - tokens
         return captured.hidden
 
     def _capture(self, bucket: Bucket) -> _Captured:
+        self.captures += 1
         while len(self._captured) >= MAX_GRAPHS:
             self._captured.popitem(last=False)
         batch = _static_batch(bucket, self._cache.page_size, self._cache.keys[0].device)

@@ -59,13 +59,14 @@ def unpack_reports(packed: Tensor, window: int) -> list[RowReport]:
     """The step's one copy to the host."""
     reports = []
     for row in packed.tolist():
-        start, final_len, step, run_start, width, targets, segments, finish, prefix = row[:9]
+        start, final_len, step, run_start, width, targets, segments = row[:7]
+        finish, prefix, committed, reason, clean, edited = row[7:13]
         reports.append(
             RowReport(
                 finish=finish,
                 prefix=prefix,
-                window=row[9 : 9 + window],
-                decided=[bool(flag) for flag in row[9 + window :]],
+                window=row[13 : 13 + window],
+                decided=[bool(flag) for flag in row[13 + window :]],
                 next_start=start,
                 next_final_len=final_len,
                 next_step=step,
@@ -73,6 +74,10 @@ def unpack_reports(packed: Tensor, window: int) -> list[RowReport]:
                 next_width=width,
                 next_targets=targets,
                 next_segments=segments,
+                committed=committed,
+                reason=reason,
+                clean=clean,
+                edited=edited,
             )
         )
     return reports

@@ -125,7 +125,7 @@ class ModelRunner:
         statistics: WindowStatistics,
         forward: Forward,
     ) -> Tensor:
-        """Decide and advance one group; returns its packed report, [rows, 9 + 2 W] int32."""
+        """Decide and advance one group; returns its packed report, [rows, 13 + 2 W] int32."""
         strategy = self.strategies[group.strategy]
         if self.traits.commit_opens and not strategy.frontier:
             # Clean rows are the autoregressive model: what they say stands.

@@ -57,6 +57,13 @@ class Sequence:
     finish: FinishReason | None = None
     stop_token: int | None = None
 
+    # For the metrics. Seconds of a clock that only runs on; None: not yet.
+    arrived: float = 0.0
+    started: float | None = None
+    answered: float | None = None
+    block_ended: float | None = None
+    block_steps: int = 0  # of the active block: those that asked about it
+
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.start = self.geometry.start(len(self.tokens))
@@ -87,6 +94,12 @@ class Sequence:
     def prefilling(self) -> bool:
         """More than one block of clean tokens has no K/V yet."""
         return self.clean > self.geometry.block
+
+    @property
+    def caches_blocks(self) -> bool:
+        """Steps may leave part of the block, or of the canvas, to K/V that is no longer quite true."""
+        values = self.request.decoding.values
+        return values.get("cache", "none") != "none" if self.geometry.canvas else bool(values.get("sub_block_cache"))
 
     @property
     def scratch(self) -> int:

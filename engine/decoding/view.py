@@ -156,6 +156,7 @@ class Decision:
     overwrite: [rows, W] bool, decided positions behind the prompt that take `tokens` instead. open: [rows] bool, the
     block is not finished whatever is decided, and nothing of it is final. settled: [rows] bool, the forward saw the
     block as it is now, so that its K/V is final.
+    reason: [rows] int64, why the row's positions were decided, an index of `plan.REASONS`; None: by its rule.
     steps: [rows] int32, single steps that the decision stands for (sampling draws by the step); None: one.
     drafts: [rows, W] ids to stand at undecided positions, counted from the new `start`; None keeps what is there.
     accepted: [rows] int64, how many of the drafts that masks made were right; None where masks make none.
@@ -167,6 +168,7 @@ class Decision:
     overwrite: Tensor | None = None
     open: Tensor | None = None
     settled: Tensor | None = None
+    reason: Tensor | None = None
     steps: Tensor | None = None
     drafts: Tensor | None = None
     accepted: Tensor | None = None

@@ -8,6 +8,7 @@ import torch
 from msgspec import Meta
 
 from ...family import FamilyTraits
+from ...plan import FLOOR, RULE
 from ..memory import Memory
 from ..ranking import ranks
 from ..strategy import GridParams, GridStrategy, Values
@@ -69,4 +70,6 @@ class Credit(GridStrategy):
     def choose(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
         above = statistics.confidence > view.parameters["threshold"][:, None]
         best = ranks(statistics.confidence) == 0
-        return Decision(statistics.candidates & (above | best), statistics.token)
+        enough = (statistics.candidates & above).any(dim=1)
+        commit = statistics.candidates & (above | best)
+        return Decision(commit, statistics.token, reason=torch.where(enough, RULE, FLOOR))
