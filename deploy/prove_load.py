@@ -23,11 +23,11 @@ import httpx
 import yaml
 
 HERE = Path(__file__).parent.resolve()
-SECONDS = 75  # of load
+SECONDS = 90  # of load
 SCRAPE = 2  # seconds; the shipped configuration's 5 would leave too few points
-CLIENTS = 8
-# More clients than places: some wait, and now and then one is refused.
-SERVER = ["--max-running", "4", "--max-queued", "3", "--page-size", "16", "--kv-memory", "64M", "--dtype", "float32"]
+# All the time; at half-time twice as many calls come at once, and some of them are refused.
+CLIENTS = 6
+SERVER = ["--max-running", "4", "--max-queued", "8", "--page-size", "16", "--kv-memory", "64M", "--dtype", "float32"]
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "verify"},
     {"strategy": "threshold", "threshold": 0.7},
@@ -138,7 +138,8 @@ async def put_load(url: str, seconds: float) -> Counter[str]:
     outcomes: Counter[str] = Counter()
     deadline = time.monotonic() + seconds
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as http:
-        await asyncio.gather(*(client(http, random.Random(number), deadline, outcomes) for number in range(CLIENTS)))
+        clients = [client(http, random.Random(number), deadline, outcomes) for number in range(CLIENTS)]
+        await asyncio.gather(*clients, burst(http, seconds / 2, outcomes))
     return outcomes
 
 
@@ -156,6 +157,12 @@ async def client(http: httpx.AsyncClient, chance: random.Random, deadline: float
             body["temperature"] = -1  # a client's mistake
         outcomes[await call(http, body, leaves=kind > 0.95)] += 1
         await asyncio.sleep(chance.expovariate(2.0))
+
+
+async def burst(http: httpx.AsyncClient, after: float, outcomes: Counter[str]) -> None:
+    await asyncio.sleep(after)
+    body = {"messages": [{"role": "user", "content": QUESTIONS[1]}], "max_tokens": 16, "stream": True}
+    outcomes.update(await asyncio.gather(*(call(http, body, leaves=False) for _ in range(2 * CLIENTS))))
 
 
 async def call(http: httpx.AsyncClient, body: dict[str, Any], leaves: bool) -> str:
