@@ -41,7 +41,7 @@ def draw(record: dict[str, Any], target: Path) -> None:
     with io.BytesIO() as drawn:
         figure.savefig(drawn, format="png", dpi=110)
         # A quarter of the size: charts have few colours.
-        Image.open(drawn).convert("RGB").quantize(64).save(target, optimize=True)
+        Image.open(drawn).convert("RGB").quantize(128).save(target, optimize=True)
 
 
 def columns_of(panels: list[dict[str, Any]]) -> int:

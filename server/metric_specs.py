@@ -6,8 +6,9 @@ Labels hold what the configuration or the code can name, never a client's text: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from linocut.engine.counters import COMMIT_REASONS, ENDINGS, FORWARD_KINDS
@@ -25,13 +26,18 @@ _CHOICES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Spec:
-    """labels: name -> the values it takes, in words; `model_name` is on every metric."""
+    """labels: name -> the values it takes, in words; `model_name` is on every metric.
+
+    start: values of the labels that are there from the start, at zero. A counter that appears with its first event hides
+    that event from `rate`, which sees no growth in it.
+    """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     text: str
     labels: Mapping[str, str] = field(default_factory=dict)
     buckets: tuple[float, ...] = ()
+    start: tuple[tuple[str, ...], ...] = ()
 
     @property
     def family(self) -> str:
@@ -46,8 +52,8 @@ class EngineSpec(Spec):
     read: Callable[[EngineStats], float | Mapping[str, float] | Distribution] = field(kw_only=True)
 
 
-def _counter(name: str, text: str, **labels: str) -> Spec:
-    return Spec(name, "counter", text, labels)
+def _counter(name: str, text: str, start: Iterable[tuple[str, ...]] = (), **labels: str) -> Spec:
+    return Spec(name, "counter", text, labels, start=tuple(start))
 
 
 def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Spec:
@@ -82,12 +88,18 @@ _REQUEST_SPECS = (
     _counter(
         "http_requests",
         "HTTP requests answered",
+        product(("/v1/chat/completions", "/v1/completions"), ("POST",), ("200", "400", "499", "500", "503")),
         endpoint="a route, or other",
         method="known ones, or other",
         status="of HTTP; 499: the client left",
     ),
-    _counter("request_success", "Choices that ended well", finished_reason="stop, length"),
-    _counter("request_failures", "Generating calls that failed after they were queued", reason="the error's type"),
+    _counter("request_success", "Choices that ended well", [("stop",), ("length",)], finished_reason="stop, length"),
+    _counter(
+        "request_failures",
+        "Generating calls that failed after they were queued",
+        [("InternalServerError",), ("ServiceUnavailableError",)],
+        reason="the error's type",
+    ),
     _counter("admission_rejections", "Calls refused because the queue was full"),
     _counter("client_disconnects", "Calls whose client left early"),
     _counter("strategy_requests", "Prompts submitted, by how they are decoded", strategy="of `linocut strategies`"),

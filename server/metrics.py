@@ -24,6 +24,8 @@ class Metrics:
             else:
                 made = Histogram(spec.family, spec.text, labels, registry=self.registry, buckets=spec.buckets)
             self._of[spec.name] = made if spec.labels else made.labels(model_name)
+            for values in spec.start:
+                made.labels(model_name, *values)
 
     def watch_engine(self, engine: Engine, version: str) -> None:
         self.registry.register(EngineCollector(engine, self._model_name, version))

@@ -15,6 +15,7 @@ from running_server import RunningServer
 from linocut.engine.counters import COMMIT_REASONS, ENDINGS, FORWARD_KINDS
 from linocut.engine.histogram import BOUNDS, Distribution, Histogram
 from linocut.engine.messages import EngineStats
+from linocut.server.api_errors import InternalError, Unavailable
 from linocut.server.metric_specs import SPECS, Spec
 from linocut.server.metric_table import metric_table
 from linocut.server.metrics import Metrics
@@ -109,3 +110,12 @@ def test_the_times_of_a_choice_are_the_engines_until_its_first_tokens_and_the_se
     assert math.isclose(found["linocut_request_time_per_output_token_seconds_sum"], decoding / (tokens - 1))
     assert found["linocut_strategy_requests_total,strategy=static"] == 1
     assert found["linocut_prompt_tokens_cached_total"] == 4
+
+
+def test_what_alerts_and_panels_take_the_rate_of_is_there_before_it_first_happens() -> None:
+    found = values(render(EngineStats()))
+    call = "linocut_http_requests_total,endpoint=/v1/chat/completions,method=POST"
+    names = [f"{call},status={status}" for status in (200, 400, 499, 500, 503)]
+    names += [f"linocut_request_success_total,finished_reason={reason}" for reason in ("stop", "length")]
+    names += [f"linocut_request_failures_total,reason={kind.type}" for kind in (InternalError, Unavailable)]
+    assert {name: found[name] for name in names} == dict.fromkeys(names, 0)
