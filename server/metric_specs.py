@@ -28,8 +28,8 @@ _CHOICES = (1, 2, 4, 8, 16, 32, 64, 128)
 class Spec:
     """labels: name -> the values it takes, in words; `model_name` is on every metric.
 
-    start: values of the labels that are there from the start, at zero. A counter that appears with its first event hides
-    that event from `rate`, which sees no growth in it.
+    start: values of the labels that are there from the start, at zero. A counter that appears with its first event
+    hides that event from `rate`, which sees no growth in it.
     """
 
     name: str
