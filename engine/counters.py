@@ -57,30 +57,30 @@ class SchedulerCounters:
 
     def count_row(self, sequence: Sequence, row: RowPlan, report: RowReport) -> None:
         """A row has run. The sequence is as it was before."""
-        clean = min(row.width, sequence.clean)
-        prefill = min(clean, max(sequence.prompt_len - sequence.run_start, 0))
-        self.prefill_positions += prefill
-        self.commit_positions += clean - prefill
-        self.denoise_positions += row.width - clean + row.scratch
+        # Called for every row of every step: written for speed.
+        clean = sequence.clean
+        if clean:
+            clean = min(row.width, clean)
+            prefill = min(clean, max(sequence.prompt_len - sequence.run_start, 0))
+            self.prefill_positions += prefill
+            self.commit_positions += clean - prefill
+        self.denoise_positions += row.width - clean + row.segments * row.segment
         if not row.targets:
             return
         sequence.block_steps += 1
-        self._count_commits(sequence, row, report)
+        committed = report.committed
+        if sequence.geometry.refeeds:
+            if committed:
+                self.drafted_tokens += row.targets - 1
+                self.accepted_tokens += committed - 1
+                self.commits["draft"] += committed - 1
+                self.commits["clean"] += 1
+        elif committed:
+            self.commits["clean"] += report.clean
+            self.commits[REASONS[report.reason]] += committed - report.clean
+        self.edited_tokens += report.edited
         if sequence.caches_blocks:
             self._count_cache(sequence, row)
-
-    def _count_commits(self, sequence: Sequence, row: RowPlan, report: RowReport) -> None:
-        if not report.committed:
-            pass
-        elif sequence.geometry.refeeds:
-            self.drafted_tokens += row.targets - 1
-            self.accepted_tokens += report.committed - 1
-            self.commits["draft"] += report.committed - 1
-            self.commits["clean"] += 1
-        else:
-            self.commits["clean"] += report.clean
-            self.commits[REASONS[report.reason]] += report.committed - report.clean
-        self.edited_tokens += report.edited
 
     def _count_cache(self, sequence: Sequence, row: RowPlan) -> None:
         """Whether the row left part of its block, or of its canvas, to K/V of an earlier step."""

@@ -63,10 +63,15 @@ class Sequence:
     answered: float | None = None
     block_ended: float | None = None
     block_steps: int = 0  # of the active block: those that asked about it
+    # Steps may leave part of the block, or of the canvas, to K/V that is no longer quite true.
+    caches_blocks: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.start = self.geometry.start(len(self.tokens))
+        values = self.request.decoding.values
+        cache = values.get("cache", "none") != "none" if self.geometry.canvas else values.get("sub_block_cache")
+        self.caches_blocks = bool(cache)
         self.plan_from(0)
 
     @property
@@ -94,12 +99,6 @@ class Sequence:
     def prefilling(self) -> bool:
         """More than one block of clean tokens has no K/V yet."""
         return self.clean > self.geometry.block
-
-    @property
-    def caches_blocks(self) -> bool:
-        """Steps may leave part of the block, or of the canvas, to K/V that is no longer quite true."""
-        values = self.request.decoding.values
-        return values.get("cache", "none") != "none" if self.geometry.canvas else bool(values.get("sub_block_cache"))
 
     @property
     def scratch(self) -> int:
