@@ -15,6 +15,7 @@ from .loading import LoadedModel
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, FinishReason
 from .plan import RowReport, StepPlan
 from .sequence import Sequence
+from .step_clock import StepClock
 from .validation import check_request
 
 
@@ -27,8 +28,7 @@ class EngineCore:
         self._check = check_invariants
         self._sequences: dict[str, list[Sequence]] = {}
         self._order = 0
-        self._forwards = 0
-        self._seconds = 0.0
+        self.clock = StepClock()
 
     @property
     def busy(self) -> bool:
@@ -39,9 +39,10 @@ class EngineCore:
         self.validate(request)
         geometry = geometry_of(request, self.traits)
         leader: Sequence | None = None
+        now = time.monotonic()
         choices = []
         for choice in range(request.n):
-            sequence = Sequence(request, choice, self._order, geometry, leader)
+            sequence = Sequence(request, choice, self._order, geometry, leader, arrived=now)
             leader = leader or sequence
             self._order += 1
             choices.append(sequence)
@@ -66,46 +67,77 @@ class EngineCore:
             if message.choice is None or sequence.choice == message.choice:
                 self.scheduler.abort(sequence)
                 self.forget(sequence)
+        if not self.busy:
+            self.clock.pause()
 
     def step(self) -> list[ChoiceOutput]:
         """Plan and run one forward; returns what it committed, one entry per choice that moved or ended."""
-        began = time.perf_counter()
+        self.clock.begin()
         plan = self.scheduler.schedule()
+        if plan.admissions:
+            self._note_started()
+        self.clock.launch()
         reports = self.execute(plan)
+        self.clock.land()
+        now = time.monotonic()
         outputs = []
-        for sequence, tokens in self.scheduler.update(reports):
+        for sequence, tokens in self.scheduler.update(reports, now):
             if tokens or sequence.finish:
+                sequence.answered = sequence.answered or now
                 outputs.append(output_of(sequence, tokens, sequence.finish))
             if sequence.finish:
                 self.forget(sequence)
         if self._check:
             self.scheduler.check()
-        self._forwards += bool(plan.rows)
-        self._seconds += time.perf_counter() - began
+        self.clock.end(self.busy)
         return outputs
+
+    def _note_started(self) -> None:
+        now = time.monotonic()
+        for sequence in self.scheduler.running:
+            sequence.started = sequence.started or now
 
     def execute(self, plan: StepPlan) -> list[RowReport]:
         return self.runner.execute(plan)
 
     def stats(self) -> EngineStats:
-        scheduler, counters = self.scheduler, self.scheduler.counters
+        scheduler, counters, clock = self.scheduler, self.scheduler.counters, self.clock
+        graphs = self.runner.graphs
+        oldest = next((s.arrived for s in scheduler.waiting if s.started is None), None)
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            oldest_waiting_seconds=0.0 if oldest is None else time.monotonic() - oldest,
             pages_total=scheduler.pool.total,
             pages_free=scheduler.pool.free,
             pages_cached=scheduler.prefix.idle_pages,
             prefix_query_tokens=scheduler.prefix.query_tokens,
             prefix_hit_tokens=scheduler.prefix.hit_tokens,
             preemptions=counters.preemptions,
-            forwards=self._forwards,
+            forwards_by_kind=dict(counters.forwards),
+            graph_forwards=graphs.replays if graphs else 0,
+            graph_captures=graphs.captures if graphs else 0,
             prefill_positions=counters.prefill_positions,
             commit_positions=counters.commit_positions,
             denoise_positions=counters.denoise_positions,
+            padding_positions=graphs.padding if graphs else 0,
             committed_tokens=counters.committed_tokens,
+            commits_by_reason=dict(counters.commits),
+            edited_tokens=counters.edited_tokens,
+            remasked_tokens=counters.remasked_tokens,
+            discarded_by_ending=dict(counters.discarded),
+            drafted_tokens=counters.drafted_tokens,
+            accepted_tokens=counters.accepted_tokens,
+            cached_rows=counters.cached_rows,
+            refreshed_rows=counters.refreshed_rows,
             blocks_finished=counters.blocks_finished,
-            discarded_tokens=counters.discarded_tokens,
-            step_seconds=self._seconds,
+            step_seconds=clock.step_seconds,
+            forward_seconds=clock.forward_seconds.snapshot(),
+            host_gap_seconds=clock.host_gap_seconds.snapshot(),
+            forward_positions=counters.forward_positions.snapshot(),
+            forward_rows=counters.forward_rows.snapshot(),
+            steps_per_block=counters.steps_per_block.snapshot(),
+            block_seconds=counters.block_seconds.snapshot(),
         )
 
     def forget(self, sequence: Sequence) -> None:
@@ -138,6 +170,7 @@ def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
 
 
 def output_of(sequence: Sequence, tokens: list[int], finish: FinishReason | None) -> ChoiceOutput:
+    started = sequence.arrived if sequence.started is None else sequence.started
     return ChoiceOutput(
         request_id=sequence.request.request_id,
         choice=sequence.choice,
@@ -147,4 +180,6 @@ def output_of(sequence: Sequence, tokens: list[int], finish: FinishReason | None
         forwards=sequence.forwards,
         positions=sequence.positions,
         cached_tokens=sequence.cached_tokens,
+        queue_seconds=started - sequence.arrived,
+        prefill_seconds=(sequence.answered or started) - started,
     )

@@ -38,6 +38,7 @@ class StepGraphs:
         self._captured: OrderedDict[object, _Captured] = OrderedDict()
         self._seen: OrderedDict[object, None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
+        self.replays = self.captures = self.padding = 0  # for the metrics
 
     def run(self, layout: StepLayout, version: object) -> Tensor | None:
         """The step's result, valid until the next call; None if the caller has to run it.
@@ -59,11 +60,14 @@ class StepGraphs:
         self._captured.move_to_end(key)
         captured.array.copy_(torch.from_numpy(layout.array).pin_memory(), non_blocking=True)
         captured.graph.replay()
+        self.replays += 1
+        self.padding += shape.tokens - layout.tokens
         return captured.result
 
     def _capture(self, key: object, shape: StepShape) -> _Captured:
         while len(self._captured) >= MAX_GRAPHS:
             self._captured.popitem(last=False)
+        self.captures += 1
         array = torch.zeros(array_size(shape), dtype=torch.int32, device=self._device)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -45,17 +45,18 @@ def no_statistics(rows: int, window: int, device: torch.device) -> WindowStatist
 
 def report_width(window: int) -> int:
     """Numbers in a row's report."""
-    return 9 + 2 * window
+    return 14 + 2 * window
 
 
 def unpack_report(row: list[int], window: int) -> RowReport:
     """row: [report_width(window)], as `ModelRunner._advance` packs it."""
-    start, final_len, step, run_start, width, targets, segments, finish, prefix = row[:9]
+    start, final_len, step, run_start, width, targets, segments = row[:7]
+    finish, prefix, committed, reason, clean, edited, remasked = row[7:14]
     return RowReport(
         finish=finish,
         prefix=prefix,
-        window=row[9 : 9 + window],
-        decided=[bool(flag) for flag in row[9 + window :]],
+        window=row[14 : 14 + window],
+        decided=[bool(flag) for flag in row[14 + window :]],
         next_start=start,
         next_final_len=final_len,
         next_step=step,
@@ -63,4 +64,9 @@ def unpack_report(row: list[int], window: int) -> RowReport:
         next_width=width,
         next_targets=targets,
         next_segments=segments,
+        committed=committed,
+        reason=reason,
+        clean=clean,
+        edited=edited,
+        remasked=remasked,
     )

@@ -83,11 +83,12 @@ class StepInputs:
 
 @dataclass
 class StepLayout:
-    """array: int32, as `step_inputs` reads it. places: where the plan's rows stand among the step's. lengths: positions
-    of each of the step's rows."""
+    """array: int32, as `step_inputs` reads it. tokens: of the plan's rows. places: where these stand among the step's
+    rows. lengths: positions of each of the step's rows."""
 
     shape: StepShape
     array: np.ndarray
+    tokens: int
     places: list[int]
     lengths: list[int]
 
@@ -157,10 +158,11 @@ def lay_out(
     widths = np.array([0 if row is None else row.width + row.scratch for row in order])
     targets = np.array([0 if row is None else row.targets for row in order])
     query, visible = int(widths.max()), max(row.end for row in rows)
-    tokens, logits = int(widths.sum()), int(targets.sum())
+    wanted, logits = int(widths.sum()), int(targets.sum())
+    tokens = wanted
     if idle is not None:
         query, visible = _power(query, 4), _power(visible, 4, least=512)
-        tokens, logits = _two_steps(tokens), _two_steps(logits) if logits else 0
+        tokens, logits = _two_steps(wanted), _two_steps(logits) if logits else 0
     shape = StepShape(tuple(groups), tokens, logits, query, visible, flags)
     starts = np.concatenate([[0], np.cumsum(widths)])
     columns = [
@@ -177,7 +179,7 @@ def lay_out(
         np.array([row_cost], np.float32).view(np.int32),
     ]
     array = np.concatenate([np.asarray(column, np.int32) for column in columns])
-    return StepLayout(shape, array, places, widths.tolist())
+    return StepLayout(shape, array, wanted, places, widths.tolist())
 
 
 def _ragged(counts: np.ndarray, starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from .decoding.description import StrategyInfo
+from .histogram import Distribution
 from .params import DecodingParams, ParameterValue, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -92,6 +93,7 @@ class ChoiceOutput(msgspec.Struct, frozen=True, kw_only=True):
     stop_token: the stop id that ended it (then finish_reason is "stop"); its text is not part of the answer.
     forwards, positions: running totals of this choice: model forwards it took part in; positions evaluated.
     cached_tokens: prompt tokens whose K/V came from the prefix cache.
+    queue_seconds: from its arrival to its place among the running; prefill_seconds: from there to its first tokens.
     """
 
     request_id: str
@@ -103,27 +105,57 @@ class ChoiceOutput(msgspec.Struct, frozen=True, kw_only=True):
     forwards: int = 0
     positions: int = 0
     cached_tokens: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Gauges and monotonic counters of the engine, published with outputs and at least twice a second."""
+    """Gauges and monotonic counters of the engine, published with outputs and at least twice a second.
+
+    Those by a name are documented in `counters.py`. forwards_by_kind: prefill, commit, denoise, mixed.
+    """
 
     running: int = 0
     waiting: int = 0
+    oldest_waiting_seconds: float = 0.0  # since the arrival of the oldest choice that has not run yet
     pages_total: int = 0
     pages_free: int = 0
     pages_cached: int = 0  # unreferenced but still holding a reusable prefix; not counted as free
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
-    forwards: int = 0
+    forwards_by_kind: dict[str, int] = {}
+    graph_forwards: int = 0  # replays of a captured graph
+    graph_captures: int = 0
     prefill_positions: int = 0  # clean positions of prompts
     commit_positions: int = 0  # clean positions of generated text
     denoise_positions: int = 0
+    padding_positions: int = 0  # run for nothing, to fill up a graph's size
     committed_tokens: int = 0
+    commits_by_reason: dict[str, int] = {}
+    edited_tokens: int = 0
+    remasked_tokens: int = 0
+    discarded_by_ending: dict[str, int] = {}  # decided but past a stop or max_tokens
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # drafts that were right
+    cached_rows: int = 0  # rows that left part of their block or canvas to stale K/V
+    refreshed_rows: int = 0  # rows that might have, and ran all of it
     blocks_finished: int = 0
-    discarded_tokens: int = 0  # decided but past a stop or max_tokens
     step_seconds: float = 0.0
+    forward_seconds: Distribution = Distribution()
+    host_gap_seconds: Distribution = Distribution()
+    forward_positions: Distribution = Distribution()
+    forward_rows: Distribution = Distribution()
+    steps_per_block: Distribution = Distribution()
+    block_seconds: Distribution = Distribution()  # from one finished block of a choice to the next
+
+    @property
+    def forwards(self) -> int:
+        return sum(self.forwards_by_kind.values())
+
+    @property
+    def discarded_tokens(self) -> int:
+        return sum(self.discarded_by_ending.values())
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):

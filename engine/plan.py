@@ -44,6 +44,12 @@ class PageGrant:
     pages: list[int]
 
 
+# Why a strategy's positions were decided: its rule held; too few passed it, so that the least number was decided all
+# the same; its block was ended early (`decoding/halt.py`). Device code names them by index.
+REASONS = ("rule", "floor", "halt")
+RULE, FLOOR, HALT = range(3)
+
+
 # Structs: made for every row of every step, and dataclasses take several times as long.
 class RowPlan(msgspec.Struct, frozen=True, gc=False):
     """One row of a forward.
@@ -89,6 +95,8 @@ class RowReport(msgspec.Struct, frozen=True, gc=False):
     window, decided: ids and flags of the active block as decided, from the `start` that the step began with.
     next_*: the row's new state and the span of its next whole step.
     finish: 0 goes on, 1 a stop id ended it at `prefix` - 1, 2 max_tokens ended it.
+    committed: positions decided in this step, `clean` of them by a clean row, the others for `REASONS[reason]`. edited:
+    decided positions that became other tokens; remasked: those that became masks again.
     """
 
     finish: int
@@ -102,3 +110,8 @@ class RowReport(msgspec.Struct, frozen=True, gc=False):
     next_width: int
     next_targets: int
     next_segments: int = 0
+    committed: int = 0
+    reason: int = RULE
+    clean: int = 0
+    edited: int = 0
+    remasked: int = 0

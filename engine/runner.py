@@ -160,7 +160,7 @@ class ModelRunner:
         statistics: WindowStatistics,
         forward: Forward,
     ) -> Tensor:
-        """Decide and advance one group; returns its packed reports, [rows, 9 + 2 W] int32."""
+        """Decide and advance one group; returns its packed reports, [rows, 14 + 2 W] int32."""
         strategy = self.strategies[group.strategy]
         if self.traits.commit_opens and not strategy.frontier:
             # Clean rows are the autoregressive model: what they say stands.

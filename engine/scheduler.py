@@ -9,23 +9,12 @@ sequence is preempted: it loses its pages, keeps its tokens and its block's stat
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
 
 from .cache.pages import OutOfPages, PagePool
 from .cache.prefix import PrefixCache, Unit
+from .counters import SchedulerCounters
 from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
 from .sequence import Sequence, Status
-
-
-@dataclass
-class SchedulerCounters:
-    preemptions: int = 0
-    prefill_positions: int = 0  # clean positions of prompts
-    commit_positions: int = 0  # clean positions of generated text
-    denoise_positions: int = 0
-    blocks_finished: int = 0
-    committed_tokens: int = 0
-    discarded_tokens: int = 0
 
 
 class Scheduler:
@@ -124,16 +113,19 @@ class Scheduler:
         """The sequences of the last plan, in the order of its rows."""
         return [sequence for sequence, _ in self._planned]
 
-    def update(self, reports: list[RowReport]) -> list[tuple[Sequence, list[int]]]:
+    def update(self, reports: list[RowReport], now: float = 0.0) -> list[tuple[Sequence, list[int]]]:
         """Take in the reports of the last plan's rows; returns newly committed prefix tokens, in row order.
 
         Reports of sequences that were aborted or preempted meanwhile are dropped. Finished sequences are released.
+        now: seconds of the clock that times blocks.
         """
+        before = self.counters.positions
         committed = []
         for (sequence, row), report in zip(self._planned, reports, strict=True):
             if sequence.status is not Status.RUNNING:
                 continue
-            committed.append((sequence, self._apply(sequence, row, report)))
+            committed.append((sequence, self._apply(sequence, row, report, now)))
+        self.counters.count_forward(len(self._planned), before)
         self._planned = []
         return committed
 
@@ -202,18 +194,21 @@ class Scheduler:
             sequence.pages.extend(pages)
             return PageGrant(self._slot(sequence), first, pages), width
 
-    def _apply(self, sequence: Sequence, row: RowPlan, report: RowReport) -> list[int]:
+    def _apply(self, sequence: Sequence, row: RowPlan, report: RowReport, now: float) -> list[int]:
         known = len(sequence.tokens)
-        self._count(sequence, row)
+        sequence.forwards += 1
+        sequence.positions += row.width + row.scratch
+        self.counters.count_row(sequence, row, report)
         new = report.window[known - sequence.start : report.prefix - sequence.start] if report.prefix > known else []
         sequence.tokens.extend(new)
         self.counters.committed_tokens += len(new)
         if report.finish:
-            self.counters.discarded_tokens += sum(report.decided[report.prefix - sequence.start :])
             sequence.finish = "stop" if report.finish == 1 else "length"
+            self.counters.discarded[sequence.finish] += sum(report.decided[report.prefix - sequence.start :])
             sequence.stop_token = sequence.tokens[-1] if report.finish == 1 else None
         moved = report.next_start - sequence.start
-        self.counters.blocks_finished += moved > 0
+        if moved > 0 and not sequence.geometry.feed:
+            self.counters.count_block(sequence, now)
         sequence.window = report.window[moved:]
         sequence.decided = report.decided[moved:]
         sequence.start = report.next_start
@@ -229,15 +224,6 @@ class Scheduler:
             self._release(sequence)
             sequence.status = Status.FINISHED
         return new
-
-    def _count(self, sequence: Sequence, row: RowPlan) -> None:
-        sequence.forwards += 1
-        sequence.positions += row.width + row.scratch
-        clean = min(row.width, sequence.clean)
-        prefill = min(clean, max(sequence.prompt_len - sequence.run_start, 0))
-        self.counters.prefill_positions += prefill
-        self.counters.commit_positions += clean - prefill
-        self.counters.denoise_positions += row.width - clean + row.scratch
 
     # ---------------------------------------------------------------- pages and slots
 

@@ -57,9 +57,21 @@ class Sequence:
     finish: FinishReason | None = None
     stop_token: int | None = None
 
+    # For the metrics. Seconds of a clock that only runs on; None: not yet.
+    arrived: float = 0.0
+    started: float | None = None
+    answered: float | None = None
+    block_ended: float | None = None
+    block_steps: int = 0  # of the active block: those that asked about it
+    # Steps may leave part of the block, or of the canvas, to K/V that is no longer quite true.
+    caches_blocks: bool = field(init=False)
+
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.start = self.geometry.start(len(self.tokens))
+        values = self.request.decoding.values
+        cache = values.get("cache", "none") != "none" if self.geometry.canvas else values.get("sub_block_cache")
+        self.caches_blocks = bool(cache)
         self.plan_from(0)
 
     @property

@@ -50,9 +50,9 @@ class Call:
         generation.close()
         seconds = time.monotonic() - generation.started
         if failure is None:
-            self._metrics.request_seconds.observe(seconds)
+            self._metrics.ended(seconds)
         elif isinstance(failure, (ClientDisconnect, asyncio.CancelledError)):
-            self._metrics.disconnects.inc()
+            self._metrics.disconnected()
         else:
             self._metrics.failed(as_api_error(failure).type if isinstance(failure, Exception) else "other")
         first = generation.first_text

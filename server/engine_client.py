@@ -10,6 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,6 +118,7 @@ class EngineClient:
         self._decode = msgspec.msgpack.Decoder(EngineOutput).decode
         self.stats = EngineStats()
         self.in_flight = 0  # choices
+        self._heard = time.monotonic()
         self.dead = asyncio.Event()
         self.failure = ""
 
@@ -161,6 +163,11 @@ class EngineClient:
     @property
     def alive(self) -> bool:
         return self._process is not None and not self.dead.is_set() and not self._closing
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the engine's last message, or since it was launched."""
+        return time.monotonic() - self._heard
 
     @property
     def capacity(self) -> int:
@@ -220,6 +227,7 @@ class EngineClient:
     def _deliver(self, message: Outputs) -> None:
         if message.stats is not None:
             self.stats = message.stats
+        self._heard = time.monotonic()
         for output in message.outputs:
             submission = self._submissions.get(output.request_id)
             if submission is not None and submission.deliver(output) and output.finish_reason is not None:

@@ -48,6 +48,7 @@ class Generation:
         self.first_text: float | None = None
         self._metrics = metrics
         self._last_text: dict[int, float] = {}
+        self._first_text: dict[int, float] = {}
         self.answers = [
             Answer(index, Detokenizer(decoder, job.skip_special_tokens), job.rules)
             for index in range(len(job.prompts) * job.n)
@@ -71,14 +72,14 @@ class Generation:
         try:
             self._submission: Submission = engine.submit(requests)
         except QueueFull:
-            metrics.rejections.inc()
+            metrics.rejected()
             raise Unavailable(
                 "the server is at capacity; try again later",
                 code="queue_full",
                 headers={"Retry-After": str(retry_after)},
             ) from None
-        for prompt in job.prompts:
-            metrics.submitted(len(prompt.ids))
+        for request in requests:
+            metrics.submitted(len(request.prompt), job.decoding.strategy, job.n, request.sampling.max_tokens)
 
     @property
     def finished(self) -> bool:
@@ -101,7 +102,10 @@ class Generation:
             if answer.finish_reason is not None:
                 self._unfinished -= 1
                 self._submission.abort_choice(output.request_id, output.choice)
-                self._metrics.finished(answer.finish_reason, answer.tokens, answer.forwards)
+                now = time.monotonic()
+                decoding = now - self._first_text.get(answer.index, now)
+                forwards, prefilling = answer.forwards, output.prefill_seconds
+                self._metrics.finished(answer.finish_reason, answer.tokens, forwards, prefilling, decoding)
             # Several steps that arrived together become one delta.
             news.setdefault(answer.index, Delta(answer.index)).extend(delta)
         return list(news.values())
@@ -115,10 +119,15 @@ class Generation:
         now = time.monotonic()
         if self.first_text is None:
             self.first_text = now
-            self._metrics.time_to_first_token.observe(now - self.started)
+            self._metrics.first_tokens(now - self.started)
         last = self._last_text.get(answer.index)
         if last is not None:
-            self._metrics.observe_chunk(now - last, len(output.token_ids))
+            self._metrics.chunk(now - last, len(output.token_ids))
+        else:
+            self._first_text[answer.index] = now
+            # Choices share their prompt: the first one counts it.
+            cached = 0 if output.choice else output.cached_tokens
+            self._metrics.answering(output.queue_seconds, output.prefill_seconds, cached)
         self._last_text[answer.index] = now
 
     @property

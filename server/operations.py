@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .json_response import json_response
 from .service import service_of
+from .version import package_version
 
 router = APIRouter()
 PROBES = ("/health", "/ready", "/version", "/metrics")
@@ -39,10 +38,3 @@ async def version() -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     return Response(service_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-def package_version() -> str:
-    try:
-        return importlib.metadata.version("linocut")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

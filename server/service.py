@@ -17,6 +17,7 @@ from .prompts import PromptBuilder
 from .settings import ServerSettings
 from .tokenizer import Tokenizer
 from .unsupported import UnknownFields
+from .version import package_version
 
 
 class NoText:
@@ -40,7 +41,7 @@ class Service:
         needs_prompt = self.model.context != "canvas"
         self.prompts = PromptBuilder(tokenizer, self.model.vocab_size, self.model.mask_id, needs_prompt=needs_prompt)
         self.metrics = Metrics(settings.served_names[0])
-        self.metrics.watch_engine(lambda: engine.stats, lambda: engine.in_flight)
+        self.metrics.watch_engine(engine, package_version())
         self.keys = KeyRing(settings.api_keys)
         self.unknown_fields = UnknownFields()
         self.created = int(time.time())

@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command()(bench)
     app.command()(conformance)
     app.command()(strategies)
+    app.command()(metrics)
     app.add_typer(convert, name="convert")
 
 
@@ -121,3 +122,10 @@ def strategies() -> None:
     from linocut.engine.decoding.table import strategy_tables
 
     print(strategy_tables(), end="")
+
+
+def metrics() -> None:
+    """Print every metric of /metrics with its meaning, as Markdown (docs/metrics.md)."""
+    from .metric_table import metric_table
+
+    print(metric_table(), end="")

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from linocut.kernels.backend import Backend
 
+from ..histogram import Histogram
 from ..messages import Abort, AddRequest, ChoiceOutput, EngineStats, ModelInfo
+from ..step_clock import StepClock
 from ..validation import check_request
 from .ancestral import ancestral_step
 from .batch import CanvasBatch, build_batch
@@ -53,8 +55,10 @@ class CanvasCore:
         self._canvases = model.info.token_budget // model.shape.length
         self._waiting: deque[CanvasRow] = deque()
         self._running: list[CanvasRow] = []
-        self._forwards = self._positions = self._committed = self._discarded = self._finished = 0
-        self._seconds = 0.0
+        self._forwards = self._positions = self._committed = self._finished = 0
+        self._discarded = {"stop": 0, "length": 0}
+        self.clock = StepClock()
+        self._steps, self._shapes, self._rows = map(Histogram, ("steps_per_block", "forward_positions", "forward_rows"))
 
     @property
     def busy(self) -> bool:
@@ -64,7 +68,10 @@ class CanvasCore:
         """Queue a request's choices. Raises ParameterError if it cannot be served; then nothing was queued."""
         self.validate(request)
         device = self._model.denoiser.device
-        self._waiting.extend(lay_out(self._model.shape, request, choice, device) for choice in range(request.n))
+        rows = [lay_out(self._model.shape, request, choice, device) for choice in range(request.n)]
+        for row in rows:
+            row.arrived = time.monotonic()
+        self._waiting.extend(rows)
 
     def validate(self, request: AddRequest) -> None:
         """Raise ParameterError for what would harm the engine or cannot fit it. An empty prompt is welcome."""
@@ -79,37 +86,52 @@ class CanvasCore:
 
         self._waiting = deque(filter(stays, self._waiting))
         self._running = list(filter(stays, self._running))
+        if not self.busy:
+            self.clock.pause()
 
     def step(self) -> list[ChoiceOutput]:
         """One denoising step of all that run; one entry per choice whose answer grew or ended."""
-        began = time.perf_counter()
+        self.clock.begin()
+        now = time.monotonic()
         while self._waiting and len(self._running) < self.info.max_running:
             self._running.append(self._waiting.popleft())
+            self._running[-1].started = now
         for kind, rows in self._forward_groups():
+            self.clock.launch()
             self._denoise(kind, rows)
+            self.clock.land()
+        now = time.monotonic()
         outputs = []
         for row in self._running:
             tokens = row.collect()
             self._committed += len(tokens)
             if row.finish:
                 self._finished += 1
-                self._discarded += row.discarded()
+                self._discarded[row.finish] += row.discarded()
+                self._steps.observe(row.step)
             if tokens or row.finish:
+                row.first_answered = row.first_answered or now
                 outputs.append(row.output(tokens))
         self._running = [row for row in self._running if row.finish is None]
-        self._seconds += time.perf_counter() - began
+        self.clock.end(self.busy)
         return outputs
 
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
-            forwards=self._forwards,
+            oldest_waiting_seconds=time.monotonic() - self._waiting[0].arrived if self._waiting else 0.0,
+            forwards_by_kind={"denoise": self._forwards},
             denoise_positions=self._positions,
             committed_tokens=self._committed,
             blocks_finished=self._finished,
-            discarded_tokens=self._discarded,
-            step_seconds=self._seconds,
+            discarded_by_ending=dict(self._discarded),
+            step_seconds=self.clock.step_seconds,
+            forward_seconds=self.clock.forward_seconds.snapshot(),
+            host_gap_seconds=self.clock.host_gap_seconds.snapshot(),
+            forward_positions=self._shapes.snapshot(),
+            forward_rows=self._rows.snapshot(),
+            steps_per_block=self._steps.snapshot(),
         )
 
     def _forward_groups(self) -> Iterator[tuple[_Kind, list[CanvasRow]]]:
@@ -140,6 +162,8 @@ class CanvasCore:
             row.step += 1
         self._forwards += 1
         self._positions += batch.tokens.numel()
+        self._shapes.observe(batch.tokens.numel())
+        self._rows.observe(len(rows))
 
 
 def _kind(row: CanvasRow) -> _Kind:

@@ -32,6 +32,10 @@ class CanvasRow:
     read: int = 0  # positions that were looked at for the answer
     finish: FinishReason | None = None
     stop_token: int | None = None
+    # For the metrics, as a Sequence has them.
+    arrived: float = 0.0
+    started: float = 0.0
+    first_answered: float | None = None
 
     @property
     def steps(self) -> int:
@@ -66,6 +70,8 @@ class CanvasRow:
             stop_token=self.stop_token,
             forwards=self.step,
             positions=self.step * len(self.tokens),
+            queue_seconds=self.started - self.arrived,
+            prefill_seconds=(self.first_answered or self.started) - self.started,
         )
 
     def discarded(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..family import FamilyTraits
+from ..plan import FLOOR, RULE
 from ..state import RowState
 from .strategy import Strategy
 from .view import Decision, RowView, Span, WindowStatistics
@@ -52,7 +53,11 @@ def guard(view: RowView, statistics: WindowStatistics, decision: Decision) -> De
     if not decision.idle:
         score = torch.where(allowed, statistics.confidence, -torch.inf)
         best = torch.zeros_like(commit).scatter_(1, score.argmax(dim=1, keepdim=True), True) & allowed
-        commit = torch.where(commit.any(dim=1, keepdim=True), commit, best)
+        none = ~commit.any(dim=1)
+        commit = torch.where(none[:, None], best, commit)
+        decision = replace(
+            decision, reason=torch.where(none, FLOOR, RULE if decision.reason is None else decision.reason)
+        )
     changeable = statistics.candidates & view.decided & (view.places >= view.prompt_len[:, None])
     overwrite = None if decision.overwrite is None else decision.overwrite & changeable
     remask = None if decision.remask is None else decision.remask & changeable
@@ -73,7 +78,8 @@ def advance(
     The rows are of one strategy; those that ran a chunk (`view.whole`) decide nothing. stop_at_block_end: look for stop
     ids only once the block is full (SDAR's reference loop) instead of as soon as no undecided position stands before
     one.
-    Returns [rows, 2 + 2 W] int32: finish, prefix, window ids, window flags, as decided.
+    Returns [rows, 7 + 2 W] int32: finish, prefix, committed, reason, clean, edited, remasked (`plan.RowReport`), window ids and
+    window flags as decided.
     """
     whole = view.whole
     places = view.places.long()
@@ -144,7 +150,17 @@ def advance(
     state.final_len[view.slots] = final_len.int()
     if decision.drafts is not None:
         place_drafts(state, view.slots, decision.drafts, whole)
-    return torch.cat([finish[:, None], prefix[:, None], tokens, decided.int()], dim=1)
+    clean = commit & (span.opening | span.seeding[:, None])
+    columns = [
+        finish,
+        prefix,
+        commit.sum(dim=1),
+        torch.zeros_like(finish) if decision.reason is None else decision.reason,
+        clean.sum(dim=1),
+        (changed & ~commit).sum(dim=1),
+        torch.zeros_like(finish) if decision.remask is None else (decision.remask & whole[:, None]).sum(dim=1),
+    ]
+    return torch.cat([torch.stack([c.int() for c in columns], dim=1), tokens, decided.int()], dim=1)
 
 
 def place_drafts(state: RowState, slots: Tensor, drafts: Tensor, whole: Tensor) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..plan import HALT
 from .memory import Memory
 from .view import Decision, RowView, WindowStatistics
 
@@ -45,8 +46,10 @@ def apply_halt(view: RowView, statistics: WindowStatistics, decision: Decision) 
     halts = asked & certain & (stable > view.parameters["halt_patience"]) & (count > 0)
     view.remember(TOKEN, torch.where(masks, statistics.token, before))
     view.remember(STABLE, stable.int())
+    by_rule = torch.zeros_like(count) if decision.reason is None else decision.reason
     return replace(
         decision,
+        reason=torch.where(halts, HALT, by_rule),
         commit=decision.commit | (halts[:, None] & masks),
         tokens=torch.where(halts[:, None] & masks, statistics.token, decision.tokens),
         remask=None if decision.remask is None else decision.remask & ~halts[:, None],

@@ -162,6 +162,7 @@ class Decision:
         bool, nothing of it is final before all of it is decided. settled: [rows] bool, the forward saw the block as it
         is now, so that its K/V is final.
     passed: [rows] int32, positions by which the window moves on; None: by the row's block, once all of it is decided.
+    reason: [rows] int64, why the row's positions were decided, an index of `plan.REASONS`; None: by its rule.
     steps: [rows] int32, single steps that the decision stands for (sampling draws by the step); None: one.
     drafts: [rows, W] ids to stand at undecided positions, counted from the new `start`; None keeps what is there.
     accepted: [rows] int64, how many of the drafts that masks made were right; None where masks make none.
@@ -178,6 +179,7 @@ class Decision:
     revisable: Tensor | None = None
     settled: Tensor | None = None
     passed: Tensor | None = None
+    reason: Tensor | None = None
     steps: Tensor | None = None
     drafts: Tensor | None = None
     accepted: Tensor | None = None

@@ -28,10 +28,11 @@ class Server:
     log: Path
 
     def metric(self, name: str) -> float:
+        """Its value, summed over labels."""
         text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        match = re.search(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
-        assert match, f"no metric {name} in:\n{text}"
-        return float(match[1])
+        found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+        assert found, f"no metric {name} in:\n{text}"
+        return sum(map(float, found))
 
     def engine_process(self) -> psutil.Process:
         """The child that holds the model: the one with the most memory."""

@@ -11,16 +11,16 @@ from linocut.engine.runner import ModelRunner
 
 
 class Replays:
-    """Stands in for `StepGraphs`. `runs` counts steps, `shapes` are the ones met."""
+    """Stands in for `StepGraphs`. `shapes` are the ones met."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self.shapes: dict[StepShape, StepShape] = {}
-        self.runs = 0
+        self.replays = self.captures = self.padding = 0
 
     def run(self, layout: StepLayout, version: object) -> Tensor | None:
         shape = self.shapes.setdefault(layout.shape, layout.shape)
-        self.runs += 1
+        self.replays += 1
         return self._runner.step(shape, step_inputs(torch.from_numpy(layout.array), shape))
 
 

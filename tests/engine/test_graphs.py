@@ -83,7 +83,7 @@ def test_steps_that_are_replayed_give_the_same_texts(family: str) -> None:
     answers = run(core, strangers(core, family) + mixed_requests(core, family))
     want = alone(family)
     assert {key: answer.text for key, answer in answers.items() if key in want} == {k: a.text for k, a in want.items()}
-    assert replays.runs > len(replays.shapes) > 0
+    assert replays.replays > len(replays.shapes) > 0
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])

@@ -197,6 +197,8 @@ class FakeEngine:
                         forwards=number,
                         positions=number * 8,
                         cached_tokens=4,
+                        queue_seconds=0.25,
+                        prefill_seconds=0.5,
                     ),
                 )
 

@@ -8,6 +8,7 @@ import torch
 from msgspec import Meta
 
 from ...family import FamilyTraits
+from ...plan import FLOOR, RULE
 from ..memory import Memory
 from ..ranking import ranks, threshold_at
 from ..strategy import GridParams, GridStrategy, Values
@@ -74,4 +75,6 @@ class Credit(GridStrategy):
         bar = threshold_at(view.step, view.parameters["threshold"], view.parameters["threshold_decay"])
         above = statistics.confidence > bar[:, None]
         best = ranks(statistics.confidence) == 0
-        return Decision(statistics.candidates & (above | best), statistics.token)
+        enough = (statistics.candidates & above).any(dim=1)
+        commit = statistics.candidates & (above | best)
+        return Decision(commit, statistics.token, reason=torch.where(enough, RULE, FLOOR))

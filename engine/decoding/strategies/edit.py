@@ -8,6 +8,7 @@ import torch
 from msgspec import Meta
 
 from ...family import FamilyTraits
+from ...plan import FLOOR, RULE
 from ..memory import Memory
 from ..ranking import ranks
 from ..strategy import GridParams, GridStrategy, Values
@@ -75,5 +76,6 @@ class Edit(GridStrategy):
         spent = ~(view.masked & ~commit).any(dim=1) & (post >= view.parameters["post_steps"])
         # A row that ran a chunk has looked at nothing yet.
         done = (unchanged | spent) & view.whole
+        reason = torch.where(enough, RULE, FLOOR)
         settled = unchanged if traits.logit_source == "own" else None
-        return Decision(commit, statistics.token, overwrite=edits, open=~done, settled=settled)
+        return Decision(commit, statistics.token, overwrite=edits, open=~done, settled=settled, reason=reason)

@@ -9,6 +9,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from ...family import FamilyTraits
+from ...plan import FLOOR, RULE
 from ..ranking import ranks, scheduled
 from ..strategy import GridParams, GridStrategy
 from ..view import Decision, RowView, WindowStatistics
@@ -60,7 +61,8 @@ class Learned(GridStrategy):
         masks = masks & ~_behind_stop(view, statistics, right)
         floor = scheduled(view.step, view.parameters["denoising_steps"], view.block)
         best = ranks(torch.where(masks, statistics.confidence, -torch.inf)) < floor[:, None]
-        return Decision(masks & (right | best), statistics.token)
+        reason = torch.where((masks & right).any(dim=1), RULE, FLOOR)
+        return Decision(masks & (right | best), statistics.token, reason=reason)
 
 
 def filter_input(statistics: WindowStatistics) -> Tensor:

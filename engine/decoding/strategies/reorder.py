@@ -9,6 +9,7 @@ import torch
 from msgspec import Meta
 
 from ...family import MAX_WINDOW, FamilyTraits
+from ...plan import FLOOR, RULE
 from ..strategy import Needs, Strategy, Values
 from ..view import Decision, RowView, Span, WindowStatistics
 
@@ -80,4 +81,5 @@ class Reorder(Strategy):
         best = torch.zeros_like(masks).scatter_(1, doubt.argmin(dim=1, keepdim=True), True)
         certain = doubt < view.parameters["entropy"][:, None]
         none = ~certain.any(dim=1, keepdim=True)
-        return Decision(masks & (certain | (best & none)), statistics.token)
+        reason = torch.where(none[:, 0], FLOOR, RULE)
+        return Decision(masks & (certain | (best & none)), statistics.token, reason=reason)

@@ -8,6 +8,7 @@ import torch
 from msgspec import Meta
 
 from ...family import FamilyTraits
+from ...plan import FLOOR, RULE
 from ..ranking import ranks, scheduled, threshold_at
 from ..strategy import GridParams, GridStrategy
 from ..view import Decision, RowView, WindowStatistics
@@ -54,4 +55,5 @@ class Threshold(GridStrategy):
         above &= rank < left[:, None]
         best = statistics.candidates & (rank < floor[:, None])
         enough = above.sum(dim=1) >= floor
-        return Decision(torch.where(enough[:, None], above, best), statistics.token)
+        commit = torch.where(enough[:, None], above, best)
+        return Decision(commit, statistics.token, reason=torch.where(enough, RULE, FLOOR))

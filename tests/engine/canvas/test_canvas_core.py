@@ -62,7 +62,9 @@ def test_a_text_takes_its_steps(core: CanvasCore, steps: int, monkeypatch: pytes
     assert done[-1].forwards == len(calls) == steps
     assert done[-1].positions == steps * LENGTH
     assert done[-1].finish_reason == "length"
-    assert core.stats().forwards == steps
+    stats = core.stats()
+    assert stats.forwards == steps == sum(stats.forward_rows.counts) == sum(stats.forward_seconds.counts)
+    assert sum(stats.steps_per_block.counts) == stats.blocks_finished > 0
 
 
 def test_masks_that_the_last_step_leaves_are_drawn_at_once(core: CanvasCore) -> None:

@@ -1,0 +1,105 @@
+"""What a scheduler's rows have done, in numbers that only grow. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .histogram import Histogram
+from .plan import REASONS, RowPlan, RowReport
+from .sequence import Sequence
+
+FORWARD_KINDS = ("prefill", "commit", "denoise", "mixed")
+COMMIT_REASONS = ("clean", "draft", *REASONS)
+ENDINGS = ("stop", "length")
+
+
+@dataclass
+class SchedulerCounters:
+    """forwards: by what their rows did: prefill, commit, denoise, or mixed.
+
+    commits: positions decided, by reason: `clean` by a clean row, as an autoregressive model would; `draft` for drafts
+    that a clean row confirmed; else the strategy's (`plan.REASONS`). discarded: decided positions that are no part of
+    the text, by how it ended.
+    """
+
+    preemptions: int = 0
+    prefill_positions: int = 0  # clean positions of prompts
+    commit_positions: int = 0  # clean positions of generated text
+    denoise_positions: int = 0
+    blocks_finished: int = 0
+    committed_tokens: int = 0
+    edited_tokens: int = 0
+    remasked_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    cached_rows: int = 0
+    refreshed_rows: int = 0
+    forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORWARD_KINDS, 0))
+    commits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COMMIT_REASONS, 0))
+    discarded: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ENDINGS, 0))
+    steps_per_block: Histogram = field(default_factory=lambda: Histogram("steps_per_block"))
+    block_seconds: Histogram = field(default_factory=lambda: Histogram("block_seconds"))
+    forward_positions: Histogram = field(default_factory=lambda: Histogram("forward_positions"))
+    forward_rows: Histogram = field(default_factory=lambda: Histogram("forward_rows"))
+
+    @property
+    def positions(self) -> tuple[int, int, int]:
+        return self.prefill_positions, self.commit_positions, self.denoise_positions
+
+    def count_forward(self, rows: int, before: tuple[int, int, int]) -> None:
+        """One forward has run; `before`: the `positions` before its rows were counted."""
+        ran = [after - then for after, then in zip(self.positions, before, strict=True)]
+        kinds = [kind for kind, count in zip(FORWARD_KINDS[:3], ran, strict=True) if count]
+        if not kinds:
+            return
+        self.forwards[kinds[0] if len(kinds) == 1 else "mixed"] += 1
+        self.forward_positions.observe(sum(ran))
+        self.forward_rows.observe(rows)
+
+    def count_row(self, sequence: Sequence, row: RowPlan, report: RowReport) -> None:
+        """A row has run. The sequence is as it was before."""
+        # Called for every row of every step: written for speed.
+        clean = sequence.clean
+        if clean:
+            clean = min(row.width, clean)
+            prefill = min(clean, max(sequence.prompt_len - sequence.run_start, 0))
+            self.prefill_positions += prefill
+            self.commit_positions += clean - prefill
+        self.denoise_positions += row.width - clean + row.segments * row.segment
+        if not row.targets:
+            return
+        sequence.block_steps += 1
+        committed = report.committed
+        if sequence.geometry.refeeds:
+            if committed:
+                self.drafted_tokens += row.targets - 1
+                self.accepted_tokens += committed - 1
+                self.commits["draft"] += committed - 1
+                self.commits["clean"] += 1
+        elif committed:
+            self.commits["clean"] += report.clean
+            self.commits[REASONS[report.reason]] += committed - report.clean
+        self.edited_tokens += report.edited
+        self.remasked_tokens += report.remasked
+        if sequence.caches_blocks:
+            self._count_cache(sequence, row)
+
+    def _count_cache(self, sequence: Sequence, row: RowPlan) -> None:
+        """Whether the row left part of its block, or of its canvas, to K/V of an earlier step."""
+        geometry = sequence.geometry
+        if geometry.canvas:
+            whole = row.width == geometry.canvas
+        elif sequence.run_start + row.width <= sequence.start:
+            return  # the forward before the block, which tells its first position
+        else:
+            whole = sequence.run_start <= sequence.start
+        self.refreshed_rows += whole
+        self.cached_rows += not whole
+
+    def count_block(self, sequence: Sequence, now: float) -> None:
+        """Every position of the sequence's block is decided. now: seconds of any clock that runs on."""
+        self.blocks_finished += 1
+        self.steps_per_block.observe(sequence.block_steps)
+        if sequence.block_ended is not None:
+            self.block_seconds.observe(now - sequence.block_ended)
+        sequence.block_steps, sequence.block_ended = 0, now

@@ -1,0 +1,43 @@
+"""Where an engine's time goes: in forwards, and on the host between them. Imports no torch."""
+
+from __future__ import annotations
+
+import time
+
+from .histogram import Histogram
+
+
+class StepClock:
+    """Used by a core around each step: `begin`, `launch`, `land`, `end`. Seconds of `time.perf_counter`.
+
+    The gap between two forwards is the time in which the device has nothing to do although there is work: from the
+    results of one to the launch of the next. Idle times are none.
+    """
+
+    def __init__(self) -> None:
+        self.step_seconds = 0.0
+        self.forward_seconds = Histogram("forward_seconds")
+        self.host_gap_seconds = Histogram("host_gap_seconds")
+        self._began = self._launched = 0.0
+        self._landed: float | None = None
+
+    def begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def launch(self) -> None:
+        self._launched = time.perf_counter()
+        if self._landed is not None:
+            self.host_gap_seconds.observe(self._launched - self._landed)
+
+    def land(self) -> None:
+        self._landed = time.perf_counter()
+        self.forward_seconds.observe(self._landed - self._launched)
+
+    def end(self, busy: bool) -> None:
+        self.step_seconds += time.perf_counter() - self._began
+        if not busy:
+            self.pause()
+
+    def pause(self) -> None:
+        """There is nothing left to do."""
+        self._landed = None
