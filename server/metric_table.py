@@ -12,9 +12,10 @@ Written by `linocut metrics`; do not edit.
 the prefix `linocut_` for `vllm:`, where both measure the same. Replicas are told apart by the labels that Prometheus
 adds (`instance`); counters of several add up. A histogram has `_bucket`, `_sum` and `_count`.
 
-Counts are made per step, chunk and request, from the report that a step sends to the host anyway. Branches of `freedave`
-count as its rule's commits, not as drafts. Strategies that decode from a frontier (`autoregressive`, `jacobi`, `verify`, `reorder`) know no blocks: they take no part in
-`linocut_blocks_finished_total` and the histograms of blocks. [deploy/](../deploy/README.md) has dashboards and alerts.
+Counts are made per step, chunk and request, from the report that a step sends to the host anyway. Branches of
+`freedave` count as its rule's commits, not as drafts. Strategies that decode from a frontier (`autoregressive`,
+`jacobi`, `verify`, `reorder`) know no blocks: they take no part in `linocut_blocks_finished_total` and the histograms
+of blocks. [deploy/](../deploy/README.md) has dashboards and alerts.
 """
 
 

@@ -78,8 +78,8 @@ def advance(
     The rows are of one strategy; those that ran a chunk (`view.whole`) decide nothing. stop_at_block_end: look for stop
     ids only once the block is full (SDAR's reference loop) instead of as soon as no undecided position stands before
     one.
-    Returns [rows, 7 + 2 W] int32: finish, prefix, committed, reason, clean, edited, remasked (`plan.RowReport`), window ids and
-    window flags as decided.
+    Returns [rows, 7 + 2 W] int32: finish, prefix, committed, reason, clean, edited, remasked (`plan.RowReport`), window
+    ids and window flags as decided.
     """
     whole = view.whole
     places = view.places.long()
