@@ -83,6 +83,7 @@ def strangers(core: EngineCore, seed: str, count: int = 3) -> list[AddRequest]:
             wanted["threshold"] = rng.choice([0.3, 0.8])
         if strategy == "jacobi":
             wanted["draft_length"] = rng.choice([3, 9])
+            wanted |= {"blocks": rng.choice([1, 3]), "candidates": rng.choice([0, 4])}
         prompt = [rng.randrange(core.info.vocab_size) for _ in range(rng.choice([1, 6, 35, 70]))]
         decoding = resolve(core.info, wanted)
         requests.append(greedy_request(f"stranger-{seed}-{index}", prompt, 40 + 10 * index, decoding))

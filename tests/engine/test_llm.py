@@ -82,7 +82,8 @@ def test_the_operators_strategy_is_the_default() -> None:
     llm = small(strategy="static", strategy_parameters={"denoising_steps": 1})
     (choice,) = llm.generate([prompt_of(4)], max_tokens=20, temperature=0.0)[0]
     assert choice.forwards == 5
-    assert small("jacobi_qwen2", strategy="jacobi").core.info.default_parameters == {"draft_length": 16}
+    jacobi = {"draft_length": 16, "blocks": 1, "spawn_ratio": 0.85, "candidates": 0}
+    assert small("jacobi_qwen2", strategy="jacobi").core.info.default_parameters == jacobi
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

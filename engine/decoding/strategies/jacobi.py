@@ -103,7 +103,7 @@ class Jacobi(FrontierStrategy):
         confirmed = agrees.int().cumprod(dim=1).sum(dim=1, keepdim=True)
         text, accepted = choice, confirmed
         if statistics.segments is not None:
-            text, accepted = self._longest(view, statistics.segments, choice, confirmed, length)
+            text, accepted = self._longest(view, statistics.segments, choice, confirmed)
         commits = accepted.clamp(min=1) if self.reference else accepted + 1
         # The next draft is what the model said beyond the committed positions, shifted to the new start. Behind it
         # stand tokens of the window itself: any id is a valid guess, and these cost nothing.
@@ -141,7 +141,7 @@ class Jacobi(FrontierStrategy):
         return torch.minimum(front, start + self._most(view))
 
     def _longest(
-        self, view: RowView, found: WindowStatistics, choice: Tensor, confirmed: Tensor, length: Tensor
+        self, view: RowView, found: WindowStatistics, choice: Tensor, confirmed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What was said along the longest confirmed of span and branches ([rows, W]), and its length ([rows, 1])."""
         count, longest = found.token.shape[1:]
@@ -151,7 +151,7 @@ class Jacobi(FrontierStrategy):
         right = found.candidates & (branches - 1 == said[:, :, :-1])
         runs = right.int().cumprod(dim=2).sum(dim=2)
         best = runs.argmax(dim=1, keepdim=True)
-        accepted = torch.minimum(runs.gather(1, best), length - 1)
+        accepted = runs.gather(1, best)
         wins = accepted > confirmed
         row = best[:, :, None].expand(-1, -1, longest + 1)
         known = torch.cat([wins, wins & found.candidates.gather(1, row[:, :, 1:])[:, 0]], dim=1)
