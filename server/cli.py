@@ -69,7 +69,13 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
     keep_alive_seconds: Annotated[float, typer.Option(help="Silence after which streams send a comment.")] = 15.0,
-    shutdown_seconds: Annotated[float, typer.Option(help="Time for running requests after SIGTERM.")] = 30.0,
+    drain_seconds: Annotated[
+        float, typer.Option(help="From SIGTERM on: time to accept requests while /ready says no.")
+    ] = 0.0,
+    shutdown_seconds: Annotated[float, typer.Option(help="Then: time for requests to finish.")] = 30.0,
+    stall_seconds: Annotated[
+        float, typer.Option(help="Without a step for this long, an engine with work counts as hung.")
+    ] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
 ) -> None:
     """Serve a model over the OpenAI API."""
@@ -87,7 +93,9 @@ def serve(
         api_keys=tuple(dict.fromkeys(keys)),
         max_body_bytes=max_body_bytes,
         keep_alive_seconds=keep_alive_seconds,
+        drain_seconds=drain_seconds,
         shutdown_seconds=shutdown_seconds,
+        stall_seconds=stall_seconds,
     )
     config = {
         "model": str(folder),
@@ -122,7 +130,7 @@ def _run(settings: Any, fields: dict[str, Any], folder: Path) -> int:
     from linocut.engine.config import EngineConfig
 
     from .announcement import announce
-    from .engine_client import launch_engine
+    from .engine_launch import launch_engine
     from .lifecycle import Lifecycle
     from .tokenizer import load_tokenizer
 

@@ -16,7 +16,8 @@ import uvicorn
 from linocut.engine.errors import ConfigError
 
 from .app import create_app
-from .engine_client import EngineClient, Launch
+from .engine_client import EngineClient
+from .engine_launch import Launch
 from .service import Service
 from .settings import ServerSettings
 from .tokenizer import Tokenizer
@@ -38,7 +39,7 @@ class Lifecycle:
         announce: Callable[[Service, str], None],
     ) -> None:
         self._settings = settings
-        self._engine = EngineClient(launch)
+        self._engine = EngineClient(launch, settings.stall_seconds)
         self._load_tokenizer = load_tokenizer
         self._announce = announce
         self._stop = asyncio.Event()
