@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 
@@ -12,10 +13,14 @@ from .decoding.strategy import Equipment
 from .family import FamilyTraits
 from .geometry import Geometry
 from .loading import LoadedModel
+from .machine import is_out_of_memory, release_memory
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, FinishReason
 from .plan import RowReport, StepPlan
+from .pressure import LEAST_POSITIONS, MemoryPressure
 from .sequence import Sequence
 from .validation import check_request
+
+log = logging.getLogger("linocut.engine")
 
 
 class EngineCore:
@@ -29,6 +34,7 @@ class EngineCore:
         self._order = 0
         self._forwards = 0
         self._seconds = 0.0
+        self._pressure = MemoryPressure(model.scheduler.token_budget, LEAST_POSITIONS)
 
     @property
     def busy(self) -> bool:
@@ -71,8 +77,8 @@ class EngineCore:
         """Plan and run one forward; returns what it committed, one entry per choice that moved or ended."""
         began = time.perf_counter()
         plan = self.scheduler.schedule()
-        reports = self.execute(plan)
-        outputs = []
+        reports, shed = self._try(plan)
+        outputs = [output_of(sequence, [], "error", "out of memory") for sequence in shed]
         for sequence, tokens in self.scheduler.update(reports):
             if tokens or sequence.finish:
                 outputs.append(output_of(sequence, tokens, sequence.finish))
@@ -80,9 +86,39 @@ class EngineCore:
                 self.forget(sequence)
         if self._check:
             self.scheduler.check()
-        self._forwards += bool(plan.rows)
+        self._forwards += bool(reports)
         self._seconds += time.perf_counter() - began
         return outputs
+
+    def _try(self, plan: StepPlan) -> tuple[list[RowReport], list[Sequence]]:
+        """Reports of the plan's rows and no sequences; or, if it did not fit the memory, no reports and who had to go.
+
+        The others wait again, and forwards are smaller from then on.
+        """
+        try:
+            reports = self.execute(plan)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("a forward of %d rows ran out of memory: %s", len(plan.rows), str(error)[:300])
+        else:
+            if reports and self._pressure.succeed():
+                self._bound_forwards()
+            return reports, []
+        # Outside of the handler, whose traceback holds the tensors of the forward.
+        release_memory(self.runner.state.device)
+        fits = self._pressure.fail(sum(row.width + row.scratch for row in plan.rows))
+        self._bound_forwards()
+        planned = self.scheduler.retreat()
+        if fits or not planned:
+            return [], []
+        self.scheduler.fail(planned[-1])
+        self.forget(planned[-1])
+        return [], [planned[-1]]
+
+    def _bound_forwards(self) -> None:
+        log.warning("forwards now hold at most %d positions", self._pressure.budget)
+        self.scheduler.token_budget = self._pressure.budget
 
     def execute(self, plan: StepPlan) -> list[RowReport]:
         return self.runner.execute(plan)
@@ -106,6 +142,7 @@ class EngineCore:
             blocks_finished=counters.blocks_finished,
             discarded_tokens=counters.discarded_tokens,
             step_seconds=self._seconds,
+            out_of_memory=self._pressure.failures,
         )
 
     def forget(self, sequence: Sequence) -> None:
@@ -137,13 +174,16 @@ def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
     )
 
 
-def output_of(sequence: Sequence, tokens: list[int], finish: FinishReason | None) -> ChoiceOutput:
+def output_of(
+    sequence: Sequence, tokens: list[int], finish: FinishReason | None, error: str | None = None
+) -> ChoiceOutput:
     return ChoiceOutput(
         request_id=sequence.request.request_id,
         choice=sequence.choice,
         token_ids=tokens,
         finish_reason=finish,
         stop_token=sequence.stop_token,
+        error=error,
         forwards=sequence.forwards,
         positions=sequence.positions,
         cached_tokens=sequence.cached_tokens,

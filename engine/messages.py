@@ -124,6 +124,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     blocks_finished: int = 0
     discarded_tokens: int = 0  # decided but past a stop or max_tokens
     step_seconds: float = 0.0
+    out_of_memory: int = 0  # forwards that did not fit
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -36,7 +36,6 @@ from .watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-
 class QueueFull(LinocutError):
     """As many choices are running and queued as the engine takes."""
 

@@ -35,6 +35,7 @@ _COUNTERS = {
     "blocks_finished": ("blocks_finished", "Blocks whose every token is decided"),
     "discarded_tokens": ("tokens_discarded", "Tokens decided but past a stop or max_tokens"),
     "step_seconds": ("step_seconds", "Time spent in engine steps"),
+    "out_of_memory": ("forwards_out_of_memory", "Forwards that did not fit the device's memory and were undone"),
 }
 
 
