@@ -15,7 +15,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from linocut.engine.errors import ConfigError, EngineDead, LinocutError
+from linocut.engine.errors import ConfigError, EngineDead, EngineStopped, LinocutError
 from linocut.engine.messages import (
     Abort,
     AddRequest,
@@ -225,13 +225,13 @@ class EngineClient:
             self._watched = None
 
     async def close(self) -> None:
-        """Stop the engine (kindly, then not) and free sockets and files. In-flight requests get EngineDead."""
+        """Stop the engine (kindly, then not) and free sockets and files. In-flight requests get EngineStopped."""
         if self._closing:
             return
         was_alive, self._closing = self.alive, True
         if was_alive:
             self._send(Shutdown())
-        self._fail_all(EngineDead("the server is shutting down"))
+        self._fail_all(EngineStopped("the server is shutting down"))
         self._unwatch()
         if self._process is not None:
             # An engine that still loads, or hangs, does not read its messages.

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from linocut.engine.config import EngineConfig
 
+from .logs import LogSettings
 from .threads import settle_threads
 
 STOP_SECONDS = 5.0  # from Shutdown to SIGKILL
@@ -33,7 +34,7 @@ class EngineProcess(Protocol):
 Launch = Callable[[str, str], EngineProcess]  # (input endpoint, output endpoint) -> started process
 
 
-def launch_engine(config: EngineConfig) -> Launch:
+def launch_engine(config: EngineConfig, logs: LogSettings) -> Launch:
     """A launcher of the real engine, in a process of its own."""
 
     def launch(input_endpoint: str, output_endpoint: str) -> EngineProcess:
@@ -44,7 +45,7 @@ def launch_engine(config: EngineConfig) -> Launch:
         # Idle OpenMP threads that spin would take the cores from this process.
         settle_threads()
         process = multiprocessing.get_context("spawn").Process(
-            target=run, args=(config, input_endpoint, output_endpoint), name="linocut-engine", daemon=False
+            target=run, args=(config, logs, input_endpoint, output_endpoint), name="linocut-engine", daemon=False
         )
         with _interrupts_ignored():
             process.start()

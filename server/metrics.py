@@ -83,6 +83,7 @@ class Metrics:
         self._success = counter("request_success", "Choices that ended well", ("finished_reason",))
         self._failures = counter("request_failures", "Generating calls that failed after they were queued", ("reason",))
         self.rejections = counter("admission_rejections", "Calls refused because the queue was full").labels(model_name)
+        self.rate_limited = counter("rate_limited", "Calls refused by the limits of their key").labels(model_name)
         self.disconnects = counter("client_disconnects", "Calls whose client left early").labels(model_name)
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts").labels(model_name)
         self._generation_tokens = counter("generation_tokens", "Tokens of answers").labels(model_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from linocut.engine.errors import ConfigError
 
@@ -11,7 +12,8 @@ from linocut.engine.errors import ConfigError
 class ServerSettings:
     """served_names: what clients may write as `model`; the first is the one we answer with.
 
-    api_keys: Bearer keys; none means open. Times are in seconds.
+    api_keys, api_key_file: Bearer keys; neither means open. Times are in seconds.
+    log_prompts: whether log lines of requests hold their bodies, prompts included.
     drain_seconds: from SIGTERM or SIGINT on, how long /ready says 503 before new requests are refused, so that load
     balancers notice first. shutdown_seconds: how long running requests may take to finish from then on.
     stall_seconds: after which an engine that has work and makes no step counts as hung.
@@ -22,6 +24,9 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    api_key_file: Path | None = None
+    log_prompts: bool = False
+    log_format: str = "text"
     max_body_bytes: int = 8 << 20
     body_seconds: float = 60.0
     keep_alive_seconds: float = 15.0
