@@ -42,11 +42,12 @@ class Served:
         return found
 
     def memory(self) -> int:
-        """Bytes that the server's processes hold and share with nobody; 0 if it is not ours."""
+        """Bytes that the server's processes have allocated, mapped files left out; 0 if it is not ours."""
         if self.process is None:
             return 0
         root = psutil.Process(self.process.pid)
-        return sum(process.memory_full_info().uss for process in [root, *root.children(recursive=True)])
+        infos = [process.memory_info() for process in [root, *root.children(recursive=True)]]
+        return sum(info.rss - getattr(info, "shared", 0) for info in infos)
 
     def leftovers(self, seconds: float = 60.0) -> str:
         """What is still running or holds pages when no client is left; empty if nothing is, within `seconds`."""
@@ -100,10 +101,14 @@ def _start(arguments: list[str], log: Path) -> Served:
         )
     server = Served(f"http://127.0.0.1:{port}", process, log)
     deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/ready", timeout=5).status_code == 200:
-                return server
-        time.sleep(0.1)
-    process.kill()
-    raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
+    try:
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{server.url}/ready", timeout=5).status_code == 200:
+                    return server
+            time.sleep(0.1)
+        raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
