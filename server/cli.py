@@ -81,6 +81,9 @@ def serve(
     ] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
     log_format: Annotated[str, typer.Option(help="text, or json: an object on each line")] = "text",
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Send traces to this OpenTelemetry collector, as http://localhost:4318.")
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the bodies of requests, too.")] = False,
 ) -> None:
     """Serve a model over the OpenAI API."""
@@ -101,6 +104,7 @@ def serve(
         api_keys=tuple(dict.fromkeys(keys)),
         api_key_file=api_key_file,
         log_prompts=log_prompts,
+        otlp_endpoint=otlp_endpoint,
         log_format=log_format,
         max_body_bytes=max_body_bytes,
         keep_alive_seconds=keep_alive_seconds,

@@ -34,7 +34,7 @@ class Gateway:
             return
         headers = dict(scope["headers"])
         request_id = _sane_id(headers.get(b"x-request-id")) or secrets.token_hex(12)
-        began = time.monotonic()
+        began, began_ns = time.monotonic(), time.time_ns()
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -89,6 +89,8 @@ class Gateway:
             fields |= {"request_id": request_id, "method": method, "endpoint": endpoint, "path": clip(scope["path"])}
             level = logging.DEBUG if probe else logging.INFO
             log_event(log, level, "request", f"{request_id} {method} {endpoint}{text}", fields)
+            if not probe:
+                self._service.tracer.request(headers, began_ns, fields)
 
 
 def _sane_id(value: bytes | None) -> str | None:

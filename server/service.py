@@ -18,6 +18,7 @@ from .metrics import Metrics
 from .prompts import PromptBuilder
 from .settings import ServerSettings
 from .tokenizer import Tokenizer
+from .tracing import NoTracer, OtlpTracer, Tracer
 from .unsupported import UnknownFields
 
 LOGGED_BODY = 16384  # characters
@@ -57,6 +58,8 @@ class Service:
         self.metrics = Metrics(settings.served_names[0])
         self.metrics.watch_engine(lambda: engine.stats, lambda: engine.in_flight)
         self.keys = keys
+        endpoint, name = settings.otlp_endpoint, settings.served_names[0]
+        self.tracer: Tracer = NoTracer() if endpoint is None else OtlpTracer(endpoint, name)
         self.unknown_fields = UnknownFields()
         self.created = int(time.time())
         self.started = time.monotonic()
@@ -76,6 +79,7 @@ class Service:
 
     def close(self) -> None:
         self.prompts.close()
+        self.tracer.close()
 
     async def read(self, request: Request) -> dict[str, Any]:
         content = await read_object(request, self.settings.max_body_bytes, self.settings.body_seconds)

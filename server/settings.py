@@ -13,6 +13,7 @@ class ServerSettings:
     """served_names: what clients may write as `model`; the first is the one we answer with.
 
     api_keys, api_key_file: Bearer keys; neither means open. Times are in seconds.
+    otlp_endpoint: where traces go, the base URL of a collector; None: nowhere.
     log_prompts: whether log lines of requests hold their bodies, prompts included.
     drain_seconds: from SIGTERM or SIGINT on, how long /ready says 503 before new requests are refused, so that load
     balancers notice first. shutdown_seconds: how long running requests may take to finish from then on.
@@ -27,6 +28,7 @@ class ServerSettings:
     api_key_file: Path | None = None
     log_prompts: bool = False
     log_format: str = "text"
+    otlp_endpoint: str | None = None
     max_body_bytes: int = 8 << 20
     body_seconds: float = 60.0
     keep_alive_seconds: float = 15.0
