@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 
@@ -12,11 +13,15 @@ from .decoding.strategy import Equipment
 from .family import FamilyTraits
 from .geometry import Geometry
 from .loading import LoadedModel
+from .machine import is_out_of_memory, release_memory
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, FinishReason
 from .plan import RowReport, StepPlan
+from .pressure import LEAST_POSITIONS, MemoryPressure
 from .sequence import Sequence
 from .step_clock import StepClock
 from .validation import check_request
+
+log = logging.getLogger("linocut.engine")
 
 
 class EngineCore:
@@ -29,6 +34,7 @@ class EngineCore:
         self._sequences: dict[str, list[Sequence]] = {}
         self._order = 0
         self.clock = StepClock()
+        self._pressure = MemoryPressure(model.scheduler.token_budget, LEAST_POSITIONS)
 
     @property
     def busy(self) -> bool:
@@ -77,10 +83,10 @@ class EngineCore:
         if plan.admissions:
             self._note_started()
         self.clock.launch()
-        reports = self.execute(plan)
+        reports, shed = self._try(plan)
         self.clock.land()
         now = time.monotonic()
-        outputs = []
+        outputs = [output_of(sequence, [], "error", "out of memory") for sequence in shed]
         for sequence, tokens in self.scheduler.update(reports, now):
             if tokens or sequence.finish:
                 sequence.answered = sequence.answered or now
@@ -96,6 +102,36 @@ class EngineCore:
         now = time.monotonic()
         for sequence in self.scheduler.running:
             sequence.started = sequence.started or now
+
+    def _try(self, plan: StepPlan) -> tuple[list[RowReport], list[Sequence]]:
+        """Reports of the plan's rows and no sequences; or, if it did not fit the memory, no reports and who had to go.
+
+        The others wait again, and forwards are smaller from then on.
+        """
+        try:
+            reports = self.execute(plan)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("a forward of %d rows ran out of memory: %s", len(plan.rows), str(error)[:300])
+        else:
+            if reports and self._pressure.succeed():
+                self._bound_forwards()
+            return reports, []
+        # Outside of the handler, whose traceback holds the tensors of the forward.
+        release_memory(self.runner.state.device)
+        fits = self._pressure.fail(sum(row.width + row.scratch for row in plan.rows))
+        self._bound_forwards()
+        planned = self.scheduler.retreat()
+        if fits or not planned:
+            return [], []
+        self.scheduler.fail(planned[-1])
+        self.forget(planned[-1])
+        return [], [planned[-1]]
+
+    def _bound_forwards(self) -> None:
+        log.warning("forwards now hold at most %d positions", self._pressure.budget)
+        self.scheduler.token_budget = self._pressure.budget
 
     def execute(self, plan: StepPlan) -> list[RowReport]:
         return self.runner.execute(plan)
@@ -132,6 +168,7 @@ class EngineCore:
             refreshed_rows=counters.refreshed_rows,
             blocks_finished=counters.blocks_finished,
             step_seconds=clock.step_seconds,
+            out_of_memory=self._pressure.failures,
             forward_seconds=clock.forward_seconds.snapshot(),
             host_gap_seconds=clock.host_gap_seconds.snapshot(),
             forward_positions=counters.forward_positions.snapshot(),
@@ -169,7 +206,9 @@ def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
     )
 
 
-def output_of(sequence: Sequence, tokens: list[int], finish: FinishReason | None) -> ChoiceOutput:
+def output_of(
+    sequence: Sequence, tokens: list[int], finish: FinishReason | None, error: str | None = None
+) -> ChoiceOutput:
     started = sequence.arrived if sequence.started is None else sequence.started
     return ChoiceOutput(
         request_id=sequence.request.request_id,
@@ -177,6 +216,7 @@ def output_of(sequence: Sequence, tokens: list[int], finish: FinishReason | None
         token_ids=tokens,
         finish_reason=finish,
         stop_token=sequence.stop_token,
+        error=error,
         forwards=sequence.forwards,
         positions=sequence.positions,
         cached_tokens=sequence.cached_tokens,

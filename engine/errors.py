@@ -26,3 +26,7 @@ class ModelError(LinocutError):
 
 class EngineDead(LinocutError):
     """The engine process is gone; nothing more can be served."""
+
+
+class EngineStopped(EngineDead):
+    """The engine was stopped by the server, which is shutting down."""

@@ -91,6 +91,22 @@ def page_count(
     return int(pages)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward failed because an allocation did: the device is whole, and a smaller forward may fit."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # Libraries' own allocations, and those of the CPU, have no type.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what the allocator holds in reserve, in pieces that may be too small for the next forward."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def available_memory() -> int:
     """Bytes that this process may still take, as far as the system and its control group say."""
     system = Path("/proc/meminfo")

@@ -142,6 +142,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     refreshed_rows: int = 0  # rows that might have, and ran all of it
     blocks_finished: int = 0
     step_seconds: float = 0.0
+    out_of_memory: int = 0  # forwards that did not fit
     forward_seconds: Distribution = Distribution()
     host_gap_seconds: Distribution = Distribution()
     forward_positions: Distribution = Distribution()

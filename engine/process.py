@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -123,8 +124,13 @@ def _errors(request_id: str, n: int, error: str) -> list[ChoiceOutput]:
 
 def run_engine(config: EngineConfig, input_endpoint: str, output_endpoint: str) -> None:
     """Entry point of the engine process."""
-    # Ctrl-C reaches the whole process group; the server decides when the engine stops.
+    # Ctrl-C reaches the whole process group, a service manager's SIGTERM perhaps all of a service; the server decides
+    # when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        # The server asks where an engine that hangs is.
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
     # Not getppid(): the server may have died while this process was importing torch.
     parent = multiprocessing.parent_process()
     server = os.getppid() if parent is None else parent.pid

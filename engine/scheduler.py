@@ -70,9 +70,9 @@ class Scheduler:
         preemptions = self.counters.preemptions
 
         for sequence in sorted(self.running, key=lambda s: (s.last_step, s.prefilling, s.order)):
-            if budget <= 0 or sequence.status is not Status.RUNNING:
+            if (budget <= 0 and rows) or sequence.status is not Status.RUNNING:
                 continue
-            width = self._width_within(sequence, budget)
+            width = self._width_within(sequence, budget) or self._least_width(sequence, alone=not rows)
             if not width:
                 continue
             grant, width = self._extend(sequence, width, rows, grants)
@@ -81,7 +81,7 @@ class Scheduler:
             if grant:
                 grants[sequence] = grant
             rows[sequence] = self._row(sequence, width)
-            budget -= width + rows[sequence].scratch
+            budget = max(budget - width - rows[sequence].scratch, 0)
 
         admissions = []
         # Whoever was preempted just now must not take the pages back before the older ones have what they need.
@@ -96,10 +96,10 @@ class Scheduler:
             admissions.append(self._admission(sequence))
             grants[sequence] = PageGrant(self._slot(sequence), 0, list(sequence.pages))
             # Without budget left it comes first in the next step.
-            width = self._width_within(sequence, budget)
+            width = self._width_within(sequence, budget) or self._least_width(sequence, alone=not rows)
             if width:
                 rows[sequence] = self._row(sequence, width)
-                budget -= width + rows[sequence].scratch
+                budget = max(budget - width - rows[sequence].scratch, 0)
 
         self._step += 1
         for sequence in rows:
@@ -129,15 +129,41 @@ class Scheduler:
         self._planned = []
         return committed
 
+    def retreat(self) -> list[Sequence]:
+        """Undo the last plan, whose forward failed; returns its rows' sequences, in the order of arrival.
+
+        Whatever runs waits again, and will be admitted as it was before: nobody knows what the device has of it.
+        """
+        planned = sorted((s for s, _ in self._planned if s.status is Status.RUNNING), key=lambda s: s.order)
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        self._planned = []
+        return planned
+
+    def fail(self, sequence: Sequence) -> None:
+        """End a sequence by an error."""
+        self.abort(sequence)
+        sequence.finish = "error"
+
     # ---------------------------------------------------------------- one row
 
     def _width_within(self, sequence: Sequence, budget: int) -> int:
         """The whole next step if the budget has room for it, else as many whole blocks of clean tokens as fit."""
         if sequence.width + sequence.scratch <= budget:
             return sequence.width
-        # A frontier needs no grid.
-        unit = 1 if sequence.geometry.feed else sequence.geometry.block
+        unit = self._unit(sequence)
         return min(sequence.clean // unit, budget // unit) * unit
+
+    def _least_width(self, sequence: Sequence, alone: bool) -> int:
+        """What moves a sequence on that is alone in a forward, however small the budget is by now."""
+        if not alone:
+            return 0
+        unit = self._unit(sequence)
+        return unit if unit <= sequence.clean else sequence.width
+
+    def _unit(self, sequence: Sequence) -> int:
+        """What clean tokens come in: a frontier needs no grid."""
+        return 1 if sequence.geometry.feed else sequence.geometry.block
 
     def _row(self, sequence: Sequence, width: int) -> RowPlan:
         whole = width == sequence.width

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attention import staircase_attention
 from .attention_oracle import staircase_attention_oracle
-from .backend import Backend
+from .backend import Backend, default_backend
 from .filters import filter_cutoff
 from .interpreter import use_interpreter
 from .norm import add_rms_norm, rms_norm, silu_and_mul
@@ -66,7 +66,7 @@ def unequal(found: Tensor, expected: Tensor) -> float:
     return float((found != expected).double().mean()) if found.numel() else 0.0
 
 
-def attention_checks(device: str, quick: bool) -> Iterator[Outcome]:
+def attention_checks(device: str, quick: bool, backend: Backend = "triton") -> Iterator[Outcome]:
     shapes: list[tuple[str, dict[str, Any]]] = [("random widths", {"padding": 3, "padding_rows": 2})]
     if not quick:
         shapes += [
@@ -90,7 +90,7 @@ def attention_checks(device: str, quick: bool) -> Iterator[Outcome]:
                 q, k_cache, v_cache, layout = case
                 scale = q.shape[-1] ** -0.5
                 expected = staircase_attention_oracle(q, k_cache, v_cache, layout, scale)
-                found = staircase_attention(q, k_cache, v_cache, layout, scale, backend="triton")
+                found = staircase_attention(q, k_cache, v_cache, layout, scale, backend=backend)
                 label = f"attention, {name}, group {group}, {dtype}"
                 yield Outcome(label, difference(found, expected), ATTENTION_TOLERANCE[dtype])
 
@@ -129,7 +129,7 @@ def small_checks(device: str, quick: bool) -> Iterator[Outcome]:
         yield Outcome(f"rope, caches, {dtype}", difference(caches[0], caches[1]), 2 * exact)
 
 
-def statistics_checks(device: str, quick: bool) -> Iterator[Outcome]:
+def statistics_checks(device: str, quick: bool, backend: Backend = "triton") -> Iterator[Outcome]:
     rows, vocab = (6, 300) if quick else (64, 152_064)
     for dtype in DTYPES:
         for filtered, sampled in ((False, False), (False, True), (True, True)):
@@ -147,7 +147,7 @@ def statistics_checks(device: str, quick: bool) -> Iterator[Outcome]:
                 margin=True,
                 top_k=8,
                 kept_total=True,
-                backend="triton",
+                backend=backend,
             )
             found = merge_partials(partials, sampling, filtered_confidence=asked)
             expected = statistics_oracle(logits, sampling, top_k=8, filtered_confidence=asked)
@@ -156,13 +156,13 @@ def statistics_checks(device: str, quick: bool) -> Iterator[Outcome]:
             for name in ("confidence", "logprob", "entropy", "margin", "top_ids", "top_logits"):
                 yield Outcome(f"{label}, {name}", difference(getattr(found, name), getattr(expected, name)), 1e-4)
             if filtered:
-                kept = filter_cutoff(logits, sampling, backend="triton").kept(logits, 0)
+                kept = filter_cutoff(logits, sampling, backend=backend).kept(logits, 0)
                 # Sums in another order may move the cut by an id: what counts is the probability that changes sides.
                 probabilities = (logits.double() * sampling.scale().double()[:, None]).softmax(-1)
                 moved = (probabilities * (kept != cutoff.kept(logits, 0))).sum(-1) if cutoff else probabilities
                 yield Outcome(f"cutoff, {dtype}, probability moved", float(moved.max()), 1e-4)
     keys = (sampling.seed, sampling.choice, sampling.position, sampling.step)
-    found_noise = gumbel_noise(*keys, 5, vocab, backend="triton")
+    found_noise = gumbel_noise(*keys, 5, vocab, backend=backend)
     yield Outcome("gumbel noise", difference(found_noise, gumbel_noise(*keys, 5, vocab)), 1e-5)
 
 
@@ -193,6 +193,14 @@ def capture_checks(device: str) -> Iterator[Outcome]:
     expected = step()
     yield Outcome("CUDA graph, attention", difference(captured[0], expected[0]), 0.0)
     yield Outcome("CUDA graph tokens unequal", unequal(captured[1], expected[1]), 0.0)
+
+
+def self_test(device: str) -> list[Outcome]:
+    """The kernels that serve on `device`, at small shapes, against float64."""
+    torch.manual_seed(0)
+    backend = default_backend(torch.device(device))
+    outcomes = [*attention_checks(device, True, backend), *statistics_checks(device, True, backend)]
+    return outcomes if backend == "torch" else [*outcomes, *small_checks(device, True)]
 
 
 def run_checks(device: str, quick: bool) -> list[Outcome]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from typing import Any
 
 import msgspec
 
+from .logs import log_event
 from .service import Service
+
+log = logging.getLogger("linocut.server")
 
 
 def announce(service: Service, url: str) -> None:
@@ -19,7 +23,10 @@ def announce(service: Service, url: str) -> None:
     defaults = " ".join(f"{name}={value}" for name, value in service.model.default_parameters.items())
     lines["strategy"] = f"{service.model.default_strategy} {defaults}".strip()
     lines["served as"] = ", ".join(service.settings.served_names)
-    lines["api keys"] = len(service.settings.api_keys) or "none: everyone who reaches the port may use it"
+    lines["api keys"] = "none: everyone who reaches the port may use it" if service.keys.open else len(service.keys)
+    if service.settings.log_format == "json":
+        log_event(log, logging.INFO, "ready", "ready", {"url": f"{url}/v1", **lines})
+        return
     width = max(map(len, lines))
     print("\nLinocut is ready.\n", file=sys.stderr)
     for name, value in lines.items():
@@ -28,7 +35,7 @@ def announce(service: Service, url: str) -> None:
 
 
 def _curl(service: Service, url: str) -> str:
-    key = ' -H "Authorization: Bearer $LINOCUT_API_KEY"' if service.settings.api_keys else ""
+    key = ' -H "Authorization: Bearer $LINOCUT_API_KEY"' if not service.keys.open else ""
     name = service.settings.served_names[0]
     chat = service.chats and service.tokenizer is not None and service.tokenizer.template is not None
     body: dict[str, Any]

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from linocut.engine.errors import EngineDead, ParameterError
+from linocut.engine.errors import EngineDead, EngineStopped, ParameterError
 
 from .json_response import json_response
 
@@ -78,6 +78,13 @@ class UnsupportedMediaType(ApiError):
     type = "UnsupportedMediaTypeError"
 
 
+class TooManyRequests(ApiError):
+    """A client's own limit; a full server is Unavailable."""
+
+    status = 429
+    type = "RateLimitError"
+
+
 class InternalError(ApiError):
     pass
 
@@ -95,6 +102,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, ParameterError):
         return BadRequest(str(error), param=error.param, code=error.code)
+    if isinstance(error, EngineStopped):
+        return Unavailable("the server is shutting down", code="shutting_down")
     if isinstance(error, EngineDead):
         return Unavailable("the inference engine is not running", code="engine_dead")
     if isinstance(error, HTTPException):

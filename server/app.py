@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from . import chat, completions, models, operations, tokens
+from . import chat, completions, models, openapi, operations, tokens
 from .api_errors import install_handlers
 from .gateway import Gateway
 from .service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    # No generated documentation: bodies are parsed by our own strict types, which it would not show.
+    # FastAPI's own description would not show the types that bodies are parsed with; openapi.py's does.
     app = FastAPI(title="Linocut", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    for module in (chat, completions, models, tokens, operations):
+    for module in (chat, completions, models, tokens, operations, openapi):
         app.include_router(module.router)
     install_handlers(app)
     app.add_middleware(Gateway, service=service)

@@ -46,6 +46,9 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(help="A Bearer key to require; may be repeated. Also $LINOCUT_API_KEY.")
     ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="More keys, with limits: TOML, read again when it changes, or on SIGHUP.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     quantization: Annotated[str, typer.Option(help="none or int8")] = "none",
@@ -69,11 +72,25 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
     keep_alive_seconds: Annotated[float, typer.Option(help="Silence after which streams send a comment.")] = 15.0,
-    shutdown_seconds: Annotated[float, typer.Option(help="Time for running requests after SIGTERM.")] = 30.0,
+    drain_seconds: Annotated[
+        float, typer.Option(help="From SIGTERM on: time to accept requests while /ready says no.")
+    ] = 0.0,
+    shutdown_seconds: Annotated[float, typer.Option(help="Then: time for requests to finish.")] = 30.0,
+    stall_seconds: Annotated[
+        float, typer.Option(help="Without a step for this long, an engine with work counts as hung.")
+    ] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+    log_format: Annotated[str, typer.Option(help="text, or json: an object on each line")] = "text",
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Send traces to this OpenTelemetry collector, as http://localhost:4318.")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the bodies of requests, too.")] = False,
 ) -> None:
     """Serve a model over the OpenAI API."""
-    _configure_logging(log_level)
+    from .logs import LogSettings
+
+    logs = LogSettings(log_level, log_format)
+    logs.apply()
     from linocut.engine.models.source import resolve_model
 
     from .settings import ServerSettings
@@ -85,9 +102,15 @@ def serve(
         host=host,
         port=port,
         api_keys=tuple(dict.fromkeys(keys)),
+        api_key_file=api_key_file,
+        log_prompts=log_prompts,
+        otlp_endpoint=otlp_endpoint,
+        log_format=log_format,
         max_body_bytes=max_body_bytes,
         keep_alive_seconds=keep_alive_seconds,
+        drain_seconds=drain_seconds,
         shutdown_seconds=shutdown_seconds,
+        stall_seconds=stall_seconds,
     )
     config = {
         "model": str(folder),
@@ -111,10 +134,10 @@ def serve(
         "strategy_parameters": dict(map(_parse_parameter, strategy_parameter or [])),
         "threads": threads,
     }
-    raise typer.Exit(_run(settings, config, folder))
+    raise typer.Exit(_run(settings, config, folder, logs))
 
 
-def _run(settings: Any, fields: dict[str, Any], folder: Path) -> int:
+def _run(settings: Any, fields: dict[str, Any], folder: Path, logs: Any) -> int:
     import asyncio
 
     import msgspec
@@ -122,7 +145,7 @@ def _run(settings: Any, fields: dict[str, Any], folder: Path) -> int:
     from linocut.engine.config import EngineConfig
 
     from .announcement import announce
-    from .engine_client import launch_engine
+    from .engine_launch import launch_engine
     from .lifecycle import Lifecycle
     from .tokenizer import load_tokenizer
 
@@ -132,7 +155,8 @@ def _run(settings: Any, fields: dict[str, Any], folder: Path) -> int:
         raise ConfigError(str(error).replace("`$.", "`")) from None
 
     async def run() -> int:
-        return await Lifecycle(settings, launch_engine(config), lambda: load_tokenizer(folder), announce).run()
+        launch = launch_engine(config, logs)
+        return await Lifecycle(settings, launch, lambda: load_tokenizer(folder), announce, fields).run()
 
     try:
         import uvloop
@@ -170,17 +194,6 @@ def _parse_bytes(text: str | None) -> int | None:
     if match is None:
         raise ConfigError(f"--kv-memory {text!r}: write bytes, or a number with K, M or G")
     return int(float(match[1]) * 1024 ** " kmg".index(match[2].lower() or " "))
-
-
-def _configure_logging(level: str) -> None:
-    import logging
-
-    if level not in ("debug", "info", "warning", "error"):
-        raise ConfigError(f"--log-level {level!r}: debug, info, warning or error")
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 register(app)

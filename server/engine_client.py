@@ -7,20 +7,16 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from linocut.engine.config import EngineConfig
-from linocut.engine.errors import ConfigError, EngineDead, LinocutError
+from linocut.engine.errors import ConfigError, EngineDead, EngineStopped, LinocutError
 from linocut.engine.messages import (
     Abort,
     AddRequest,
@@ -34,78 +30,31 @@ from linocut.engine.messages import (
     Shutdown,
 )
 
+from .engine_launch import STOP_SECONDS, EngineProcess, Launch, ask_for_stacks, obituary, stop_process
 from .submission import Submission
-from .threads import settle_threads
+from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-_STOP_SECONDS = 5.0  # from Shutdown to SIGTERM, and from SIGTERM to SIGKILL
-
-
-class EngineProcess(Protocol):
-    """What the client needs of `multiprocessing.process.BaseProcess`."""
-
-    @property
-    def sentinel(self) -> int: ...
-    @property
-    def exitcode(self) -> int | None: ...
-    def is_alive(self) -> bool: ...
-    def join(self, timeout: float | None = None) -> None: ...
-    def terminate(self) -> None: ...
-    def kill(self) -> None: ...
-
-
-Launch = Callable[[str, str], EngineProcess]  # (input endpoint, output endpoint) -> started process
 
 
 class QueueFull(LinocutError):
     """As many choices are running and queued as the engine takes."""
 
 
-def launch_engine(config: EngineConfig) -> Launch:
-    """A launcher of the real engine, in a process of its own."""
-
-    def launch(input_endpoint: str, output_endpoint: str) -> EngineProcess:
-        import multiprocessing
-
-        from .engine_entry import run
-
-        # Idle OpenMP threads that spin would take the cores from this process.
-        settle_threads()
-        process = multiprocessing.get_context("spawn").Process(
-            target=run, args=(config, input_endpoint, output_endpoint), name="linocut-engine", daemon=False
-        )
-        with _interrupts_ignored():
-            process.start()
-        return process
-
-    return launch
-
-
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ctrl-C goes to the whole foreground group: the engine inherits "ignore", and we alone decide when it stops."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 class EngineClient:
     """Binds two sockets, launches the engine, hands out its outputs and notices its death.
 
-    `model` and `stats` are valid after `start`. `dead` is an Event that is set once, when the engine is gone for any
-    reason but our own `close`; `failure` then says why.
+    `model` and `stats` are valid after `start`. `dead` is an Event that is set once, when the engine is gone or hangs
+    (`Watchdog`); `failure` then says why. patience: seconds without a step, of an engine with work, until it hangs.
     """
 
     model: ModelInfo
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, patience: float = 60.0) -> None:
         self._launch = launch
+        self._watchdog = Watchdog(patience)
+        self._interval = min(1.0, patience / 4)
+        self._stalled = False
         self._process: EngineProcess | None = None
         self._submissions: dict[str, Submission] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -133,6 +82,7 @@ class EngineClient:
         loop.add_reader(self._watched, self._on_exit)
         self.model = await self._ready
         self._loaded = True
+        self._tasks.append(loop.create_task(self._watch()))
         return self.model
 
     def _open(self) -> tuple[str, str]:
@@ -225,6 +175,7 @@ class EngineClient:
                 self._die(message.error)
 
     def _deliver(self, message: Outputs) -> None:
+        self._watchdog.hear(message.stats)
         if message.stats is not None:
             self.stats = message.stats
         self._heard = time.monotonic()
@@ -232,6 +183,20 @@ class EngineClient:
             submission = self._submissions.get(output.request_id)
             if submission is not None and submission.deliver(output) and output.finish_reason is not None:
                 self.in_flight -= 1
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        seen = loop.time()
+        while not self._watchdog.stalled:
+            await asyncio.sleep(self._interval)
+            # If we come late, this process was stopped or busy, and messages of the engine wait to be read.
+            self._watchdog.wait(min(loop.time() - seen, 2 * self._interval))
+            seen = loop.time()
+        if self.alive:
+            self._stalled = True
+            assert self._process is not None
+            ask_for_stacks(self._process)
+            self._die(f"no step in {self._watchdog.silence:.0f} s with {self.in_flight} choices in flight: it hangs")
 
     def _on_exit(self) -> None:
         self._unwatch()
@@ -243,7 +208,7 @@ class EngineClient:
         await asyncio.sleep(0.05)
         assert self._process is not None
         self._process.join(0.5)
-        self._die(f"the engine process ended with exit code {self._process.exitcode}")
+        self._die(obituary(self._process.exitcode))
 
     def _die(self, reason: str) -> None:
         if self.dead.is_set() or self._closing:
@@ -268,28 +233,19 @@ class EngineClient:
             self._watched = None
 
     async def close(self) -> None:
-        """Stop the engine (kindly, then not) and free sockets and files. In-flight requests get EngineDead."""
+        """Stop the engine (kindly, then not) and free sockets and files. In-flight requests get EngineStopped."""
         if self._closing:
             return
         was_alive, self._closing = self.alive, True
         if was_alive:
             self._send(Shutdown())
-        self._fail_all(EngineDead("the server is shutting down"))
+        self._fail_all(EngineStopped("the server is shutting down"))
         self._unwatch()
         if self._process is not None:
-            # An engine that still loads does not read its messages.
-            patience = _STOP_SECONDS if self._loaded else 0.0
-            await asyncio.get_running_loop().run_in_executor(None, _stop, self._process, patience)
+            # An engine that still loads, or hangs, does not read its messages.
+            patience = STOP_SECONDS if self._loaded and not self._stalled else 0.0
+            await asyncio.get_running_loop().run_in_executor(None, stop_process, self._process, patience)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._cleanup.close()
-
-
-def _stop(process: EngineProcess, patience: float) -> None:
-    process.join(patience)
-    for harder in (process.terminate, process.kill):
-        if not process.is_alive():
-            return
-        harder()
-        process.join(_STOP_SECONDS)

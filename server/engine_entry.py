@@ -7,8 +7,11 @@ import sys
 from linocut.engine.config import EngineConfig
 from linocut.engine.errors import LinocutError
 
+from .logs import LogSettings
 
-def run(config: EngineConfig, input_endpoint: str, output_endpoint: str) -> None:
+
+def run(config: EngineConfig, logs: LogSettings, input_endpoint: str, output_endpoint: str) -> None:
+    logs.apply()
     from linocut.engine.process import run_engine
 
     try:

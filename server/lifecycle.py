@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -16,7 +16,9 @@ import uvicorn
 from linocut.engine.errors import ConfigError
 
 from .app import create_app
-from .engine_client import EngineClient, Launch
+from .auth import KeyRing
+from .engine_client import EngineClient
+from .engine_launch import Launch
 from .service import Service
 from .settings import ServerSettings
 from .tokenizer import Tokenizer
@@ -25,10 +27,14 @@ log = logging.getLogger(__name__)
 
 _DEATH_SECONDS = 1.0  # from the engine's death to our exit: errors reach their clients, probes see the 503
 _FLUSH_SECONDS = 5
+_REFRESH_SECONDS = 1.0  # between looks at the file of API keys
 
 
 class Lifecycle:
-    """One server from start to exit. `announce` is called with the service and its URL when it takes requests."""
+    """One server from start to exit. `announce` is called with the service and its URL when it takes requests.
+
+    configuration: the engine's, for /server_info.
+    """
 
     def __init__(
         self,
@@ -36,29 +42,38 @@ class Lifecycle:
         launch: Launch,
         load_tokenizer: Callable[[], Tokenizer | None],
         announce: Callable[[Service, str], None],
+        configuration: Mapping[str, object] | None = None,
     ) -> None:
         self._settings = settings
-        self._engine = EngineClient(launch)
+        self._configuration = configuration or {}
+        self._engine = EngineClient(launch, settings.stall_seconds)
         self._load_tokenizer = load_tokenizer
         self._announce = announce
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._keys: KeyRing | None = None
 
     def stop(self) -> None:
         """Drain and exit; a second call exits without waiting for requests that run."""
         (self._hurry if self._stop.is_set() else self._stop).set()
 
+    def reload(self) -> None:
+        """Read the file of API keys again."""
+        if self._keys is not None:
+            self._keys.refresh(force=True)
+
     async def run(self) -> int:
         """Serve until stopped (exit code 0) or the engine dies (1). Raises LinocutError if it cannot start."""
+        keys = self._keys = KeyRing(self._settings.api_keys, self._settings.api_key_file)
         listener = _bind(self._settings.host, self._settings.port)
         with self._signals(), contextlib.closing(listener):
             try:
-                service = await self._start()
+                service = await self._start(keys)
                 return 0 if service is None else await self._serve(service, listener)
             finally:
                 await self._engine.close()
 
-    async def _start(self) -> Service | None:
+    async def _start(self, keys: KeyRing) -> Service | None:
         """The service with its model loaded; None if we were stopped meanwhile."""
         log.info("loading the model")
         # Side by side: the tokenizer is ready long before the weights are.
@@ -71,7 +86,7 @@ class Lifecycle:
             tokenizer, _ = loading.result()
         finally:
             await _cancel(loading, stopping)
-        return Service(self._settings, self._engine, tokenizer)
+        return Service(self._settings, self._engine, tokenizer, keys, self._configuration)
 
     async def _serve(self, service: Service, listener: socket.socket) -> int:
         config = uvicorn.Config(
@@ -87,6 +102,7 @@ class Lifecycle:
         server = _Uvicorn(config)
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         stopping, dying = asyncio.ensure_future(self._stop.wait()), asyncio.ensure_future(self._engine.dead.wait())
+        refreshing = asyncio.ensure_future(_refresh(service.keys))
         try:
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
@@ -102,16 +118,21 @@ class Lifecycle:
             server.should_exit = True
             await serving
         finally:
-            await _cancel(serving, stopping, dying)
+            await _cancel(serving, stopping, dying, refreshing)
             service.close()
         return 1 if died else 0
 
     async def _drain(self, service: Service, dying: asyncio.Future[Any]) -> None:
-        """Refuse new work; return when all that runs has ended, at the deadline at the latest."""
-        service.draining = True
-        log.info("shutting down; %d requests are running", service.active)
+        """Say that we leave, then refuse new work; return when all that runs has ended, or at the deadline."""
+        service.leaving = True
         hurrying = asyncio.ensure_future(self._hurry.wait())
         try:
+            if self._settings.drain_seconds:
+                log.info("not ready any more; refusing requests in %g s", self._settings.drain_seconds)
+                timeout = self._settings.drain_seconds
+                await asyncio.wait((hurrying, dying), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            service.draining = True
+            log.info("shutting down; %d requests are running", service.active)
             async with asyncio.timeout(self._settings.shutdown_seconds):
                 while service.active and not hurrying.done() and not dying.done():
                     await asyncio.sleep(0.02)
@@ -126,12 +147,13 @@ class Lifecycle:
             yield
             return
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.stop)
+        handlers = {signal.SIGINT: self.stop, signal.SIGTERM: self.stop, signal.SIGHUP: self.reload}
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
         try:
             yield
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in handlers:
                 loop.remove_signal_handler(number)
 
 
@@ -157,6 +179,12 @@ def _bind(host: str, port: int) -> socket.socket:
 def _url(host: str, listener: socket.socket) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+async def _refresh(keys: KeyRing) -> None:
+    while True:
+        await asyncio.sleep(_REFRESH_SECONDS)
+        keys.refresh()
 
 
 async def _cancel(*futures: asyncio.Future[Any]) -> None:

@@ -101,6 +101,7 @@ _REQUEST_SPECS = (
         reason="the error's type",
     ),
     _counter("admission_rejections", "Calls refused because the queue was full"),
+    _counter("rate_limited", "Calls refused by the limits of their key"),
     _counter("client_disconnects", "Calls whose client left early"),
     _counter("strategy_requests", "Prompts submitted, by how they are decoded", strategy="of `linocut strategies`"),
     _counter("prompt_tokens", "Tokens of prompts"),
@@ -164,6 +165,12 @@ _ENGINE = (
     ),
     _plain("counter", "num_preemptions", "preemptions", "Sequences that lost their pages and were prefilled again"),
     _plain("counter", "step_seconds", "step_seconds", "Time spent in engine steps"),
+    _plain(
+        "counter",
+        "forwards_out_of_memory",
+        "out_of_memory",
+        "Forwards that did not fit the device's memory and were undone",
+    ),
     _spread("forward_seconds", "forward_seconds", "A forward, from its launch to its results on the host"),
     _spread(
         "host_gap_seconds",

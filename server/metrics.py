@@ -37,6 +37,10 @@ class Metrics:
         """A call found the queue full."""
         self._of["admission_rejections"].inc()
 
+    def rate_limited(self) -> None:
+        """A call went over the limits of its key."""
+        self._of["rate_limited"].inc()
+
     def disconnected(self) -> None:
         self._of["client_disconnects"].inc()
 

@@ -1,9 +1,15 @@
-"""Probes and metrics for operators: /health, /ready, /version, /metrics."""
+"""For operators: /health, /ready, /version, /metrics, /server_info."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import platform
+import time
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from msgspec import structs
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from .json_response import json_response
@@ -38,3 +44,30 @@ async def version() -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     return Response(service_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@router.get("/server_info")
+async def server_info(request: Request) -> Response:
+    """What was asked for and what came of it; no secrets. Asks for a key where there are keys."""
+    service = service_of(request)
+    hidden = {"api_keys", "api_key_file"}
+    server = {name: value for name, value in vars(service.settings).items() if name not in hidden}
+    resolved = {name: value for name, value in structs.asdict(service.model).items() if name != "strategy_table"}
+    return json_response(
+        {
+            "versions": versions(),
+            "uptime_seconds": round(time.monotonic() - service.started),
+            "server": {**server, "keys": None if service.keys.open else len(service.keys)},
+            "engine": service.configuration,
+            "model": {**resolved, "strategies": service.model.strategies},
+        }
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results and speed depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("linocut", "torch", "triton", "transformers", "tokenizers", "fastapi", "uvicorn", "pyzmq"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

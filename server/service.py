@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -16,8 +18,11 @@ from .metrics import Metrics
 from .prompts import PromptBuilder
 from .settings import ServerSettings
 from .tokenizer import Tokenizer
+from .tracing import NoTracer, OtlpTracer, Tracer
 from .unsupported import UnknownFields
 from .version import package_version
+
+LOGGED_BODY = 16384  # characters
 
 
 class NoText:
@@ -28,9 +33,20 @@ class NoText:
 
 
 class Service:
-    """The state of one server; `draining` is set once it no longer takes work."""
+    """The state of one server.
 
-    def __init__(self, settings: ServerSettings, engine: EngineClient, tokenizer: Tokenizer | None) -> None:
+    leaving: set when it wants to be sent no more work; draining: when it no longer takes any.
+    configuration: the engine's, as the operator gave it.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        engine: EngineClient,
+        tokenizer: Tokenizer | None,
+        keys: KeyRing,
+        configuration: Mapping[str, object],
+    ) -> None:
         self.settings = settings
         self.engine = engine
         self.tokenizer = tokenizer
@@ -42,9 +58,14 @@ class Service:
         self.prompts = PromptBuilder(tokenizer, self.model.vocab_size, self.model.mask_id, needs_prompt=needs_prompt)
         self.metrics = Metrics(settings.served_names[0])
         self.metrics.watch_engine(engine, package_version())
-        self.keys = KeyRing(settings.api_keys)
+        self.keys = keys
+        endpoint, name = settings.otlp_endpoint, settings.served_names[0]
+        self.tracer: Tracer = NoTracer() if endpoint is None else OtlpTracer(endpoint, name)
         self.unknown_fields = UnknownFields()
         self.created = int(time.time())
+        self.started = time.monotonic()
+        self.configuration = configuration
+        self.leaving = False
         self.draining = False
         self.active = 0  # HTTP calls under way, probes apart
 
@@ -55,13 +76,18 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return self.engine.alive and not self.draining
+        return self.engine.alive and not self.leaving
 
     def close(self) -> None:
         self.prompts.close()
+        self.tracer.close()
 
     async def read(self, request: Request) -> dict[str, Any]:
-        return await read_object(request, self.settings.max_body_bytes, self.settings.body_seconds)
+        content = await read_object(request, self.settings.max_body_bytes, self.settings.body_seconds)
+        if self.settings.log_prompts:
+            notes = request.scope.setdefault("linocut.notes", {})
+            notes["body"] = json.dumps(content)[:LOGGED_BODY]
+        return content
 
     def resolve_model(self, name: str | None) -> str:
         """The served name a request goes by. Raises 404."""
@@ -73,11 +99,11 @@ class Service:
 
     def check_accepting(self) -> None:
         """Raise 503 unless new work is welcome."""
-        if not self.engine.alive:
-            raise Unavailable("the inference engine is not running", code="engine_dead")
         if self.draining:
             headers = {"Retry-After": str(self.settings.retry_after_seconds)}
             raise Unavailable("the server is shutting down", code="shutting_down", headers=headers)
+        if not self.engine.alive:
+            raise Unavailable("the inference engine is not running", code="engine_dead")
 
     def generate(self, job: Job) -> Generation:
         decoder = NoText() if self.tokenizer is None else self.tokenizer

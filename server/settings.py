@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from linocut.engine.errors import ConfigError
 
@@ -11,8 +12,12 @@ from linocut.engine.errors import ConfigError
 class ServerSettings:
     """served_names: what clients may write as `model`; the first is the one we answer with.
 
-    api_keys: Bearer keys; none means open. Times are in seconds.
-    shutdown_seconds: how long running requests may take to finish after SIGTERM or SIGINT.
+    api_keys, api_key_file: Bearer keys; neither means open. Times are in seconds.
+    otlp_endpoint: where traces go, the base URL of a collector; None: nowhere.
+    log_prompts: whether log lines of requests hold their bodies, prompts included.
+    drain_seconds: from SIGTERM or SIGINT on, how long /ready says 503 before new requests are refused, so that load
+    balancers notice first. shutdown_seconds: how long running requests may take to finish from then on.
+    stall_seconds: after which an engine that has work and makes no step counts as hung.
     max_choices: upper bound of `n`. max_prompts: upper bound of the prompts of one completion request.
     """
 
@@ -20,10 +25,16 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    api_key_file: Path | None = None
+    log_prompts: bool = False
+    log_format: str = "text"
+    otlp_endpoint: str | None = None
     max_body_bytes: int = 8 << 20
     body_seconds: float = 60.0
     keep_alive_seconds: float = 15.0
+    drain_seconds: float = 0.0
     shutdown_seconds: float = 30.0
+    stall_seconds: float = 60.0
     retry_after_seconds: int = 2
     max_choices: int = 128
     max_prompts: int = 1024
@@ -39,4 +50,6 @@ class ServerSettings:
         require(sane_keys, "API keys must be printable ASCII")
         require(self.max_body_bytes >= 1024, "max_body_bytes must be at least 1024")
         require(self.keep_alive_seconds > 0, "keep_alive_seconds must be positive")
+        require(self.drain_seconds >= 0, "drain_seconds must not be negative")
         require(self.shutdown_seconds >= 0, "shutdown_seconds must not be negative")
+        require(self.stall_seconds > 0, "stall_seconds must be positive")

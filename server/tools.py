@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the `linocut` application."""
     app.command()(bench)
     app.command()(conformance)
+    app.command()(doctor)
     app.command()(strategies)
     app.command()(metrics)
     app.add_typer(convert, name="convert")
@@ -105,6 +106,43 @@ def conformance(
     from linocut.engine.conformance.run import conformance as run
 
     raise typer.Exit(run(folder, device))
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder or a hub id to load and run; without it, the embedded model.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="As `serve` would be given it.")] = None,
+    kv_memory: Annotated[int | None, typer.Option(help="KV cache size in bytes.")] = None,
+    load: Annotated[bool, typer.Option("--load/--no-load", help="Load a model and let it write.")] = True,
+) -> None:
+    """Say what this machine can run: versions, device, memory, a test of the kernels, the page budget of a model.
+
+    The exit status is 1 if something does not work.
+    """
+    settle_threads()
+    import msgspec
+
+    from linocut.engine.config import EngineConfig
+    from linocut.engine.doctor import examine
+    from linocut.engine.models.source import resolve_model
+
+    from .operations import versions
+
+    fields = {"device": device, "dtype": dtype, "max_model_len": max_model_len, "kv_memory": kv_memory}
+    try:
+        config = msgspec.convert({"model": "", **fields}, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error).replace("`$.", "`")) from None
+    for name, version in versions().items():
+        print(f"{name:<22} {version}")
+    healthy = True
+    for finding in examine(config, lambda: str(resolve_model(model)) if load else None):
+        print(f"{finding.name:<22} {'' if finding.ok else 'FAILED: '}{finding.text}", flush=True)
+        healthy = healthy and finding.ok
+    raise typer.Exit(0 if healthy else 1)
 
 
 def _integers(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from linocut.kernels.backend import Backend
 
 from ..histogram import Histogram
+from ..machine import is_out_of_memory, release_memory
 from ..messages import Abort, AddRequest, ChoiceOutput, EngineStats, ModelInfo
+from ..pressure import MemoryPressure
 from ..step_clock import StepClock
 from ..validation import check_request
 from .ancestral import ancestral_step
@@ -20,6 +23,8 @@ from .guided import Guidance, reranked_step, tilted_step
 from .row import CanvasRow, lay_out
 from .shape import CanvasShape
 from .transformer import Denoiser
+
+log = logging.getLogger("linocut.engine")
 
 # A gradient keeps the activations of all layers: canvases of a forward for one of a forward and backward.
 _GRADIENT_COST = 8
@@ -52,7 +57,7 @@ class CanvasCore:
         self.info = model.info
         self._model = model
         self._check = check_invariants
-        self._canvases = model.info.token_budget // model.shape.length
+        self._pressure = MemoryPressure(model.info.token_budget // model.shape.length, 1)
         self._waiting: deque[CanvasRow] = deque()
         self._running: list[CanvasRow] = []
         self._forwards = self._positions = self._committed = self._finished = 0
@@ -98,11 +103,16 @@ class CanvasCore:
             self._running[-1].started = now
         for kind, rows in self._forward_groups():
             self.clock.launch()
-            self._denoise(kind, rows)
+            fits = self._fits(kind, rows)
             self.clock.land()
+            if not fits:
+                break
         now = time.monotonic()
         outputs = []
         for row in self._running:
+            if row.finish:
+                outputs.append(row.output([], "out of memory"))
+                continue
             tokens = row.collect()
             self._committed += len(tokens)
             if row.finish:
@@ -116,6 +126,26 @@ class CanvasCore:
         self.clock.end(self.busy)
         return outputs
 
+    def _fits(self, kind: _Kind, rows: list[CanvasRow]) -> bool:
+        """Move the rows on; False if they do not fit the memory.
+
+        They stay where they are, and forwards are smaller from then on; a row that does not fit alone has ended.
+        """
+        try:
+            self._denoise(kind, rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("a forward of %d canvases ran out of memory: %s", len(rows), str(error)[:300])
+        else:
+            self._pressure.succeed()
+            return True
+        # Outside of the handler, whose traceback holds the tensors of the forward.
+        release_memory(self._model.denoiser.device)
+        if not self._pressure.fail(len(rows) * _cost(kind)):
+            rows[0].finish = "error"
+        return False
+
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self._running),
@@ -127,6 +157,7 @@ class CanvasCore:
             blocks_finished=self._finished,
             discarded_by_ending=dict(self._discarded),
             step_seconds=self.clock.step_seconds,
+            out_of_memory=self._pressure.failures,
             forward_seconds=self.clock.forward_seconds.snapshot(),
             host_gap_seconds=self.clock.host_gap_seconds.snapshot(),
             forward_positions=self._shapes.snapshot(),
@@ -139,7 +170,7 @@ class CanvasCore:
         for row in self._running:
             groups.setdefault(_kind(row), []).append(row)
         for kind, rows in groups.items():
-            most = max(1, self._canvases // _GRADIENT_COST) if kind.name == "tilted" else self._canvases
+            most = max(1, self._pressure.budget // _cost(kind))
             for start in range(0, len(rows), most):
                 yield kind, rows[start : start + most]
 
@@ -171,6 +202,11 @@ def _kind(row: CanvasRow) -> _Kind:
         return _Kind("ancestral")  # what the last step leaves is drawn without guidance
     guidance = Guidance.of(row.request.decoding)
     return _Kind("tilted") if row.step < guidance.tilted else _Kind("reranked", guidance.candidates)
+
+
+def _cost(kind: _Kind) -> int:
+    """What a row takes of a forward, in canvases."""
+    return _GRADIENT_COST if kind.name == "tilted" else 1
 
 
 def _check_progress(rows: list[CanvasRow], batch: CanvasBatch) -> None:

@@ -61,13 +61,14 @@ class CanvasRow:
         self.answered += new
         return new
 
-    def output(self, tokens: list[int]) -> ChoiceOutput:
+    def output(self, tokens: list[int], error: str | None = None) -> ChoiceOutput:
         return ChoiceOutput(
             request_id=self.request.request_id,
             choice=self.choice,
             token_ids=tokens,
             finish_reason=self.finish,
             stop_token=self.stop_token,
+            error=error,
             forwards=self.step,
             positions=self.step * len(self.tokens),
             queue_seconds=self.started - self.arrived,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 
-from .conftest import Server, stop
+from .conftest import GOLDEN, Server, start, stop
 
+SDAR = [str(GOLDEN / "sdar"), "--dtype", "float32", "--max-model-len", "2048"]
 PROMPT = [5, 17, 101, 44, 9, 260, 33, 7]
 
 
@@ -74,6 +79,34 @@ def test_a_killed_engine_fails_its_requests_and_the_server(sdar: Server) -> None
     outcomes = asyncio.run(load())
     assert all(outcome in ("error event", "status 500", "status 503") for outcome in outcomes), outcomes
     assert sdar.process.wait(timeout=60) != 0
+
+
+def test_an_engine_that_hangs_is_noticed_and_ended(tmp_path: Path) -> None:
+    """It cannot be asked where it is: it was stopped. Five times the patience are for kernels to be compiled."""
+    server = start([*SDAR, "--stall-seconds", "1"], tmp_path / "log")
+    engine = server.engine_process()
+    with ThreadPoolExecutor(1) as pool:
+        body = {**request(1500), "stream": False}
+        answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+        server.wait_for("linocut_num_requests_running == 1")
+        engine.suspend()
+        stopped = time.monotonic()
+        assert answer.result().status_code == 503
+        assert answer.result().json()["error"]["code"] == "engine_dead"
+    assert httpx.get(f"{server.url}/ready").status_code == 503
+    assert server.process.wait(timeout=60) == 1
+    assert time.monotonic() - stopped < 30
+    assert not engine.is_running()
+    assert "no step in" in server.log.read_text()
+
+
+def test_the_log_says_where_a_busy_engine_hangs(sdar: Server) -> None:
+    sdar.engine_process().send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + 20
+    while "engine/process.py" not in sdar.log.read_text():
+        assert time.monotonic() < deadline, sdar.log.read_text()
+        time.sleep(0.1)
+    assert httpx.get(f"{sdar.url}/ready").status_code == 200
 
 
 def test_sigterm_finishes_what_runs(sdar: Server) -> None:

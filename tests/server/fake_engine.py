@@ -112,12 +112,18 @@ class FakeEngine:
         self.exitcode: int | None = None
         self._stop = threading.Event()
         self._fatal: str | None = None
+        self.pid = None
+        self.hangs = threading.Event()
         self.sentinel, self._alive_end = os.pipe()
 
     def launch(self, input_endpoint: str, output_endpoint: str) -> FakeEngine:
         self._thread = threading.Thread(target=self._run, args=(input_endpoint, output_endpoint), daemon=True)
         self._thread.start()
         return self
+
+    def hang(self) -> None:
+        """Read and say nothing any more."""
+        self.hangs.set()
 
     def die(self, fatal: str | None = None) -> None:
         """End like a crashed process, with or without last words."""
@@ -140,10 +146,9 @@ class FakeEngine:
     def join(self, timeout: float | None = None) -> None:
         self._thread.join(timeout)
 
-    def terminate(self) -> None:
+    def kill(self) -> None:
         self._stop.set()
-
-    kill = terminate
+        self.hangs.clear()
 
     def _run(self, input_endpoint: str, output_endpoint: str) -> None:
         run_script(self, input_endpoint, output_endpoint)
@@ -156,7 +161,11 @@ class FakeEngine:
         due: list[tuple[float, int, ChoiceOutput]] = []
         order = count()
         closed: set[tuple[str, int | None]] = set()
+        published = time.monotonic()
         while not self._stop.is_set():
+            if self.hangs.is_set():
+                time.sleep(0.01)
+                continue
             wait = 5.0 if not due else max(0.0, min(5.0, (due[0][0] - time.monotonic()) * 1000))
             if receive.poll(wait):
                 message = decoder.decode(receive.recv())
@@ -175,8 +184,10 @@ class FakeEngine:
                 output = heapq.heappop(due)[2]
                 if not closed & {(output.request_id, None), (output.request_id, output.choice)}:
                     outputs.append(output)
-            if outputs:
+            # Like the real one, it is never silent for long.
+            if outputs or time.monotonic() - published > 0.05:
                 send(Outputs(outputs=outputs, stats=self.stats))
+                published = time.monotonic()
         if self._fatal is not None:
             send(Fatal(error=self._fatal))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -11,13 +12,15 @@ import fake_engine
 from linocut.engine.config import EngineConfig
 from linocut.engine.errors import ModelError
 from linocut.server import cli, engine_entry
+from linocut.server.logs import LogSettings
 
 
-def run_fake(config: EngineConfig, input_endpoint: str, output_endpoint: str) -> None:
+def run_fake(config: EngineConfig, logs: LogSettings, input_endpoint: str, output_endpoint: str) -> None:
     print(f"engine pid {os.getpid()} omp {os.environ.get('OMP_WAIT_POLICY')}", file=sys.stderr, flush=True)
     if config.threads == 99:
         raise SystemExit(3)
-    tokens = [300 + i % 10 for i in range(40)]
+    logging.getLogger("linocut.engine").info("loaded")
+    tokens = [300 + i % 10 for i in range(300)]
     after = 0.02
     engine = fake_engine.FakeEngine(fake_engine.say(tokens, chunk=1, after=after))
     fake_engine.run_script(engine, input_endpoint, output_endpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 PROGRAM = Path(__file__).with_name("serve_fake.py")
+LONG = {"prompt": "Hi", "stream": True, "max_tokens": 250}
 BODY = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
 
 
@@ -121,6 +123,78 @@ def test_a_killed_engine_ends_the_server(start):
     assert "Traceback" not in program.log.read_text()
 
 
+def test_readiness_goes_first_then_new_requests_then_the_server(start):
+    """A balancer that looks at /ready twice a second sends nothing that would be refused."""
+    program = start("--drain-seconds", "1.5")
+    url = program.url
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert httpx.get(f"{url}/ready").status_code == 200
+        program.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{url}/ready").status_code == 200:
+            time.sleep(0.01)
+        accepted = httpx.post(f"{url}/v1/completions", json={**LONG, "max_tokens": 2, "stream": False})
+        assert accepted.status_code == 200
+        assert accepted.headers["connection"] == "close"
+        assert httpx.get(f"{url}/health").status_code == 200
+        deadline = time.monotonic() + 10
+        while (refused := httpx.post(f"{url}/v1/completions", json={**LONG, "max_tokens": 2})).status_code != 503:
+            assert time.monotonic() < deadline
+        assert refused.json()["error"]["code"] == "shutting_down"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert httpx.get(f"{url}/health").status_code == 200
+        text = "\n".join(lines)
+    assert '"error"' not in text
+    assert text.rstrip().endswith("data: [DONE]")
+    assert program.exit_code() == 0
+
+
+def test_what_does_not_end_within_the_deadline_gets_an_error(start):
+    program = start("--shutdown-seconds", "0.3")
+    with httpx.stream("POST", f"{program.url}/v1/completions", json=LONG) as response:
+        lines = response.iter_lines()
+        next(lines)
+        program.process.send_signal(signal.SIGTERM)
+        text = [line for line in lines if line]
+    assert '"code":"shutting_down"' in text[-2]
+    assert text[-1] == "data: [DONE]"
+    assert program.exit_code() == 0
+
+
+def test_signals_to_the_whole_service_leave_the_engine_to_the_server(start):
+    """systemd sends SIGTERM to every process of a unit."""
+    program = start()
+    with httpx.stream("POST", f"{program.url}/v1/completions", json=LONG) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.killpg(program.process.pid, signal.SIGTERM)
+        text = "\n".join(lines)
+    assert '"error"' not in text
+    assert program.exit_code() == 0
+
+
+def test_sighup_reads_the_keys_again(start, tmp_path):
+    file = tmp_path / "keys.toml"
+    file.write_text('[a]\nkey = "first-key"\n')
+    program = start("--api-key-file", str(file), "--log-format", "json")
+    url = program.find(r'"url": "(http[^"]*)"')
+    stamp = file.stat()
+    file.write_text('[a]\nkey = "other-key"\n')
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # unseen by the clock
+    program.process.send_signal(signal.SIGHUP)
+    deadline = time.monotonic() + 10
+    while httpx.get(f"{url}/models", headers={"Authorization": "Bearer other-key"}).status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert httpx.get(f"{url}/models", headers={"Authorization": "Bearer first-key"}).status_code == 401
+    program.process.send_signal(signal.SIGTERM)
+    assert program.exit_code() == 0
+    lines = [line for line in program.log.read_text().splitlines() if not line.startswith("engine pid")]
+    messages = [json.loads(line)["message"] for line in lines]
+    assert {"ready", "request", "1 API keys are accepted from now on"} <= set(messages)
+
+
 def test_failures_before_the_start(start, folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -130,6 +204,8 @@ def test_failures_before_the_start(start, folder):
             (start(model=Path("missing")), "linocut: missing is neither"),
             (start("--dtype", "int3"), "linocut: Invalid enum value 'int3'"),
             (start("--page-size", "7"), "linocut: page_size must be a power of two"),
+            (start("--log-format", "xml"), "linocut: --log-format 'xml': text, json"),
+            (start("--api-key-file", "/missing.toml"), "linocut: /missing.toml cannot be read"),
         ]
         for program, message in runs:
             assert program.exit_code(30) == 1

@@ -52,6 +52,34 @@ def test_a_text_does_not_depend_on_its_neighbours(core: CanvasCore, delay: int) 
     assert len({tuple(text) for text in alone.values()}) >= len(alone) - 1  # only the greedy choices may agree
 
 
+def test_a_forward_without_memory_is_tried_again_smaller(core: CanvasCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [request(core, str(i), prompt, n=2, **fields) for i, (prompt, fields) in enumerate(MIX)]
+    expected = {key: answer(outputs) for key, outputs in run(core, *requests).items()}
+    whole, sizes = core._denoise, []
+
+    def starved(kind: Any, rows: list[Any]) -> None:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        whole(kind, rows)
+
+    monkeypatch.setattr(core, "_denoise", starved)
+    assert {key: answer(outputs) for key, outputs in run(core, *requests).items()} == expected
+    assert max(sizes) > 2
+    assert core.stats().out_of_memory == sum(size > 2 for size in sizes) < 10
+
+
+def test_a_canvas_that_does_not_fit_alone_ends_by_an_error(core: CanvasCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(core, "_denoise", starved)
+    outputs = run(core, request(core, "a", [65]), request(core, "b", [66]))
+    assert {key[0]: (last.finish_reason, last.error) for key, (last,) in outputs.items()} == {
+        "a": ("error", "out of memory"), "b": ("error", "out of memory")
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("steps", [1, 4, 11])
 def test_a_text_takes_its_steps(core: CanvasCore, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
