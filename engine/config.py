@@ -17,6 +17,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     token_budget: positions a forward may hold, prefill and denoise together.
     kv_memory: bytes for the KV pages; on CUDA the default is `memory_fraction` of the card less weights and workspace.
     block_size: diffusion block of a block-causal model; it changes K/V, so it is one value per loaded model.
+    tensor_parallel_size: processes that hold the model together, each on a device of its own.
     mask_id, stop_ids: replace the checkpoint's own, for folders whose config.json does not name them.
     """
 
@@ -42,6 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     strategy_parameters: dict[str, ParameterValue] = {}
     check_invariants: bool = False
     threads: int | None = None
+    tensor_parallel_size: int = 1
     random_weights: bool = False  # benchmarks of a shape whose weights are not at hand
 
     def __post_init__(self) -> None:
@@ -57,4 +59,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         require(self.token_budget is None or self.token_budget >= 1, "token_budget must be at least 1")
         require(self.threads is None or self.threads >= 1, "threads must be at least 1")
         require(self.kv_memory is None or self.kv_memory >= 1, "kv_memory must be positive")
+        require(self.tensor_parallel_size >= 1, "tensor_parallel_size must be at least 1")
+        require(
+            self.tensor_parallel_size == 1 or self.quantization == "none",
+            "quantization int8 is not for tensor_parallel_size above 1: parts of a matrix would round in another way",
+        )
         require(0.05 <= self.memory_fraction <= 0.98, "memory_fraction must be between 0.05 and 0.98")

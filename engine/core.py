@@ -177,6 +177,9 @@ class EngineCore:
             block_seconds=counters.block_seconds.snapshot(),
         )
 
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
     def forget(self, sequence: Sequence) -> None:
         choices = self._sequences.get(sequence.request.request_id, [])
         if sequence in choices:

@@ -12,13 +12,14 @@ from .config import EngineConfig
 from .core import EngineCore
 from .loading import load_model, read_config
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, ModelInfo
+from .parallel.core import ParallelCore
 
 
 class Core(Protocol):
     """What the engine process and the offline API need: requests in, steps, outputs. Nothing here does I/O.
 
     `add` and `validate` raise ParameterError, `add` before anything was queued; `abort` ignores what is unknown; `step`
-    is called while `busy`.
+    is called while `busy`. `close` ends what runs beside this process.
     """
 
     @property
@@ -30,6 +31,7 @@ class Core(Protocol):
     def abort(self, message: Abort) -> None: ...
     def step(self) -> list[ChoiceOutput]: ...
     def stats(self) -> EngineStats: ...
+    def close(self) -> None: ...
 
 
 def load_core(config: EngineConfig) -> Core:
@@ -37,4 +39,6 @@ def load_core(config: EngineConfig) -> Core:
     raw, _ = read_config(Path(config.model))
     if is_canvas(raw):
         return CanvasCore(load_canvas(config), check_invariants=config.check_invariants)
+    if config.tensor_parallel_size > 1:
+        return ParallelCore(config)
     return EngineCore(load_model(config), check_invariants=config.check_invariants)

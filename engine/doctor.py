@@ -92,6 +92,7 @@ def _model(config: EngineConfig) -> Iterator[Finding]:
         yield Finding("sequences", f"{longest} of {info.max_model_len} tokens together, or shorter ones up to "
                       f"{info.max_running}")  # fmt: skip
     yield _write(core)
+    core.close()
 
 
 def _write(core: Core) -> Finding:

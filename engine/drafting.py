@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,6 @@ from .decoding.view import RowView, WindowStatistics
 from .logit_rows import LogitRows
 from .models.decoder import Decoder
 from .models.draft_head import DraftHead
-from .models.linear import Linear
 from .sampling import CHUNK, Sampler, SamplingFlags
 from .state import RowState
 
@@ -57,8 +57,7 @@ class Drafter:
             found = self._sampler.propose(state, hidden, rows, None, self._decoder.logits, flags)
             token, confidence = found.token.view_as(valid), found.confidence.view_as(valid)
         else:
-            to_logits = self._decoder.draft_head.quick_logits or self._decoder.head
-            proposals = self._proposals(state, hidden, rows, flags, to_logits)
+            proposals = self._proposals(state, hidden, rows, flags, self._decoder.draft_head.quick_logits)
             tokens, confidences = [], []
             for index in torch.arange(rows.source.shape[0], device=slots.device).view_as(valid).unbind(1):
                 last, sure = self._draw(self._decoder.draft_head, state, proposals, rows, index, last, flags)
@@ -92,7 +91,7 @@ class Drafter:
         probability after filters, keep the proposals as they are: the head knows a few candidates only.
         """
         asks = rows.at(index.flatten())
-        proposals = self._proposals(state, hidden, asks, flags, self._decoder.head)
+        proposals = self._proposals(state, hidden, asks, flags)
         entries = torch.arange(index.numel(), device=index.device).view_as(index)
         plain = ~(state.temperature[view.slots] > 0) & view.chosen("confidence", "tempered")
         tokens: list[Tensor] = []
@@ -114,16 +113,23 @@ class Drafter:
         return replace(statistics, token=torch.stack(tokens, dim=1), confidence=torch.stack(confidences, dim=1))
 
     def _proposals(
-        self, state: RowState, hidden: Tensor, rows: LogitRows, flags: SamplingFlags, to_logits: Linear
+        self,
+        state: RowState,
+        hidden: Tensor,
+        rows: LogitRows,
+        flags: SamplingFlags,
+        quick: Callable[[Tensor], Tensor | None] | None = None,
     ) -> _Proposals:
-        parts = []
+        share, parts = self._decoder.share, []
         for at in range(0, rows.source.shape[0], CHUNK):
             part = rows.at(slice(at, at + CHUNK))
             normed = self._decoder.normed(hidden[part.source])
-            logits = to_logits(normed)
+            logits = quick(normed) if quick is not None else None
+            if logits is None:
+                logits = share.fill(self._decoder.head(normed))
             self._sampler.ban(state, logits, part.slot, part.position, flags)
-            values, top = logits.topk(CANDIDATES, dim=1)
-            covered = (values.float().logsumexp(1) - logits.float().logsumexp(1)).exp()
+            values, top = share.top(logits, CANDIDATES)
+            covered = (values.float().logsumexp(1) - share.log_total(logits)).exp()
             parts.append((normed, top, covered))
         return _Proposals(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
@@ -152,8 +158,8 @@ class Drafter:
         asked, candidates = rows.at(index), proposals.top[index]
         scores = head.scores(proposals.normed[index], last, candidates)
         # Noise belongs to ids, so the candidates go to their places in the vocabulary.
-        spread = scores.new_full((index.shape[0], self._decoder.backbone.vocab), -torch.inf)
-        drawn = self._sampler.choose(state, spread.scatter_(1, candidates, scores), asked, None, flags)
+        spread = self._decoder.share.spread(candidates, scores)
+        drawn = self._sampler.choose(state, spread, asked, None, flags)
         sampled = state.temperature[asked.slot] > 0
         sure = drawn.confidence * proposals.covered[index]
         return torch.where(sampled, drawn.token, token), torch.where(sampled, sure, confidence)

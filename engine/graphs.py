@@ -71,7 +71,8 @@ class StepGraphs:
         array = torch.zeros(array_size(shape), dtype=torch.int32, device=self._device)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may go on meanwhile, as NCCL's own does.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = self._step(shape, step_inputs(array, shape))
         self._captured[key] = captured = _Captured(graph, array, result)
         return captured

@@ -52,6 +52,10 @@ class LLM:
         self._names = itertools.count()
         self._tokenizer: Any = None
 
+    def close(self) -> None:
+        """End the processes of a tensor-parallel model; else they end with this one."""
+        self.core.close()
+
     @property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer (transformers), loaded at first use."""

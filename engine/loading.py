@@ -25,11 +25,13 @@ from .decoding.registry import offered, strategy_classes
 from .decoding.strategy import Equipment
 from .errors import ConfigError, ModelError, ParameterError
 from .family import FamilyTraits, family_from_config
-from .machine import choose_device, choose_dtype, page_count, row_share
+from .machine import choose_device, choose_dtype, page_count, release_memory, row_share
 from .messages import ModelInfo
 from .models.backbone import Backbone, backbone_from_config
 from .models.decoder import Decoder, allocate_cache
 from .models.weights import RandomWeights, WeightFiles
+from .parallel.ranks import ALONE, Ranks
+from .parallel.split import check_split
 from .params import SamplingParams
 from .runner import ModelRunner
 from .scheduler import Scheduler
@@ -67,8 +69,14 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, generation_config
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Read the checkpoint, size the caches, and put everything together. Raises ModelError or ConfigError."""
+def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
+    """Read the checkpoint, size the caches, and put everything together. Raises ModelError or ConfigError.
+
+    ranks: as many as config.tensor_parallel_size, of which this process holds its part of the model; each of them
+    calls this at the same time.
+    """
+    if config.tensor_parallel_size != ranks.size:
+        raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size}: this loads a model of {ranks.size}")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = Path(config.model)
@@ -85,7 +93,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         banned_ids=_known_ids("banned ids", traits.banned_ids, backbone.vocab),
         has_filter=(folder / FILTER_FILE).exists(),
     )
-    device = choose_device(config)
+    check_split(backbone, ranks.size)
+    device = choose_device(config, ranks.rank)
     dtype = choose_dtype(config, backbone, device)
     backend = _backend(config, backbone, device)
     try:
@@ -108,8 +117,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
         adapter_rank=_adapter_rank(raw) if traits.gated else 0,
         mask_id=traits.mask_id,
         draft_head=not config.random_weights and "draft_head.input" in weights,
+        ranks=ranks,
     )
-    pages = page_count(config, backbone, traits, dtype, device)
+    if ranks.size > 1:
+        release_memory(device)  # what was read whole to be cut
+    pages = ranks.least(page_count(config, decoder.part, traits, dtype, device))
     # The longest request must fit the pool by itself, its last block included; page 0 is padding.
     room = (pages - 1) * config.page_size - traits.overhang
     max_model_len = min(config.max_model_len or backbone.max_positions, room)
@@ -134,7 +146,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     table = -(-length // config.page_size)
     # Behind the rows of sequences, an idle one for each strategy.
     state = allocate_state(max_running + len(strategy_classes()), length, table, device)
-    cache = allocate_cache(backbone, pages, config.page_size, dtype, device)
+    cache = allocate_cache(decoder.part, pages, config.page_size, dtype, device)
     runner = ModelRunner(
         decoder,
         cache,

@@ -26,8 +26,20 @@ class Stored(Protocol):
     def dtype(self) -> str: ...
 
 
-def choose_device(config: EngineConfig) -> torch.device:
-    """The configured device, or the first GPU, or the CPU. Raises ConfigError."""
+def choose_device(config: EngineConfig, rank: int = 0) -> torch.device:
+    """The configured device, or the first GPU, or the CPU; of a further rank, the GPU behind it. Raises ConfigError."""
+    device = _first_device(config)
+    if device.type == "cpu":
+        return device
+    last, found = device.index + config.tensor_parallel_size, torch.cuda.device_count()
+    if last > found:
+        raise ConfigError(
+            f"tensor_parallel_size {config.tensor_parallel_size} from {device} on needs {last} GPUs; torch sees {found}"
+        )
+    return torch.device("cuda", device.index + rank)
+
+
+def _first_device(config: EngineConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:

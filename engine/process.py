@@ -41,6 +41,7 @@ class EngineProcess:
 
     def run(self) -> None:
         """Load the model and serve until Shutdown. Any exception is reported as Fatal and raised again."""
+        core: Core | None = None
         try:
             core = load_core(self._config)
             self._send(Ready(model=core.info))
@@ -52,6 +53,8 @@ class EngineProcess:
             self._input.close(linger=0)
             self._output.close()
             self._context.term()
+            if core is not None:
+                core.close()
 
     def _serve(self, core: Core) -> None:
         published = 0.0

@@ -69,7 +69,7 @@ class ModelRunner:
         self.strategies = build_strategies(reference, equipment)
         self.stop_at_block_end = reference and traits.logit_source == "own"
         banned = (*traits.banned_ids, *(() if traits.mask_id is None else (traits.mask_id,)))
-        self.sampler = Sampler(banned, reference, decoder.backend, state.device)
+        self.sampler = Sampler(banned, reference, decoder.backend, state.device, decoder.share)
         self.drafter = Drafter(decoder, self.sampler)
         self._flags: dict[int, SamplingFlags] = {}
         self._windows: dict[int, int] = {}
@@ -119,7 +119,7 @@ class ModelRunner:
         width = span.targets.shape[1]
         if batch.logits is not None:
             seeding = None if traits.commits_blocks else span.seeding
-            mixer = Mixer(state, self.decoder.embedding) if shape.flags.smoothed else None
+            mixer = Mixer(state, self.decoder.embedding, self.decoder.share) if shape.flags.smoothed else None
             found = self.sampler.propose(
                 state, hidden, batch.logits, seeding, self.decoder.logits, shape.flags, mixer=mixer
             )

@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from linocut.kernels.backend import Backend
-from linocut.kernels.statistics import SamplingRows, VocabStatistics, reference_statistics, vocab_statistics
+from linocut.kernels.filters import filter_cutoff
+from linocut.kernels.statistics import (
+    SamplingRows,
+    VocabStatistics,
+    merge_partials,
+    partial_statistics,
+    reference_statistics,
+)
 
 from .decoding.registry import columns
 from .decoding.view import LogitBias, WindowStatistics
 from .logit_rows import LogitRows
+from .parallel.vocabulary import VocabShare
 from .state import RowState
 
 # Logits rows computed at a time: bounds the [rows, vocab] buffer (512 x 152k in bf16 is 156 MB).
@@ -37,10 +45,18 @@ class SamplingFlags:
 
 
 class Sampler:
-    """Proposes a token for every asked position, with its confidence."""
+    """Proposes a token for every asked position, with its confidence.
 
-    def __init__(self, banned_ids: tuple[int, ...], reference: bool, backend: Backend, device: torch.device) -> None:
-        self._banned = torch.tensor(sorted(banned_ids), dtype=torch.int64, device=device)
+    share: of the vocabulary, that logits are about. The ranks' statistics are joined, so that all of them propose the
+    same; logits travel only where rows are filtered, or in the arithmetic of the models' own scripts.
+    """
+
+    def __init__(
+        self, banned_ids: tuple[int, ...], reference: bool, backend: Backend, device: torch.device, share: VocabShare
+    ) -> None:
+        own = [i - share.start for i in sorted(banned_ids) if share.start <= i < share.start + share.held]
+        self._banned = torch.tensor(own, dtype=torch.int64, device=device)
+        self._share = share
         self._reference = reference
         self._backend = backend
         self._filtered = columns().of["confidence"].codes["filtered"]
@@ -66,7 +82,9 @@ class Sampler:
             part = rows.at(slice(at, at + CHUNK))
             logits = to_logits(hidden[part.source])
             if bias is not None:
-                logits.scatter_add_(1, bias.ids[at : at + CHUNK], bias.values[at : at + CHUNK].to(logits.dtype))
+                places, inside = self._share.own(bias.ids[at : at + CHUNK])
+                values = torch.where(inside, bias.values[at : at + CHUNK], 0.0)
+                logits.scatter_add_(1, places, values.to(logits.dtype))
             parts.append(self.choose(state, logits, part, seeding, flags))
             if mixer is not None:
                 mixer(part, logits)
@@ -75,22 +93,32 @@ class Sampler:
     def choose(
         self, state: RowState, logits: Tensor, rows: LogitRows, seeding: Tensor | None, flags: SamplingFlags
     ) -> VocabStatistics:
-        """Token, confidence and so on of `rows` from their logits ([M, vocab], changed in place), [M] each."""
+        """Token, confidence and so on of `rows` from their logits ([M, width of the share], changed in place)."""
         sampling = self._sampling_rows(state, rows, seeding, flags) if flags.sampled or flags.filtered else None
         after = state.parameters["confidence"][rows.slot] == self._filtered if flags.filtered_confidence else None
         self.ban(state, logits, rows.slot, rows.position, flags)
         if self._reference:
             return reference_statistics(
-                logits, sampling, filtered_confidence=after, entropy=flags.entropy, margin=flags.margin
+                self._share.whole(logits),
+                sampling,
+                filtered_confidence=after,
+                entropy=flags.entropy,
+                margin=flags.margin,
             )
-        return vocab_statistics(
+        cutoff = None
+        if sampling is not None and sampling.filtered:
+            cutoff = filter_cutoff(self._share.whole(logits), sampling, backend=self._backend)
+        partials = partial_statistics(
             logits,
+            self._share.start,
             sampling,
+            cutoff=cutoff,
             entropy=flags.entropy,
             margin=flags.margin,
-            filtered_confidence=after,
+            kept_total=after is not None,
             backend=self._backend,
         )
+        return merge_partials(self._share.join(partials), sampling, filtered_confidence=after)
 
     def ban(self, state: RowState, logits: Tensor, slot: Tensor, position: Tensor, flags: SamplingFlags) -> None:
         """Set what may not be chosen to -inf, in place: mask, unused ids, and stop ids before their time."""
@@ -98,10 +126,11 @@ class Sampler:
             logits.index_fill_(1, self._banned, -torch.inf)
         if flags.stops_banned:
             ids = state.stops[slot].long()
-            too_early = (ids >= 0) & (position[:, None] < state.stops_from[slot])
+            places, inside = self._share.own(ids)
+            too_early = inside & (position[:, None] < state.stops_from[slot])
             floor = torch.where(too_early, -torch.inf, torch.inf).to(logits.dtype)
-            # amin, not a plain scatter: padding entries share id 0 with a real one.
-            logits.scatter_reduce_(1, ids.clamp(min=0), floor, "amin")
+            # amin, not a plain scatter: padding entries share place 0 with a real one.
+            logits.scatter_reduce_(1, places, floor, "amin")
 
     def _sampling_rows(
         self, state: RowState, rows: LogitRows, seeding: Tensor | None, flags: SamplingFlags

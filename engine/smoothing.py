@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .logit_rows import LogitRows
+from .parallel.vocabulary import VocabShare
 from .state import RowState
 
 # In `RowState.memory`: [slots, W + 1, hidden], alpha * (p @ E) of a window's positions, and of none.
@@ -45,18 +46,19 @@ def mixtures_at(state: RowState, slot: Tensor, offset: Tensor, place: Tensor) ->
 class Mixer:
     """Keeps what each row of logits says, mixed from the embedding, for the rows' next step."""
 
-    def __init__(self, state: RowState, embedding: Tensor) -> None:
-        self._state, self._embedding = state, embedding
+    def __init__(self, state: RowState, embedding: Tensor, share: VocabShare) -> None:
+        """embedding: [width of the share, hidden]."""
+        self._state, self._embedding, self._share = state, embedding, share
 
     def __call__(self, rows: LogitRows, logits: Tensor) -> None:
-        """logits: [M, vocab] of `rows`, -inf where an id may not be chosen."""
+        """logits: [M, width of the share] of `rows`, -inf where an id may not be chosen."""
         state, kept = self._state, self._state.memory[MIXTURE]
         most, start, growth = (
             state.parameters[name][rows.slot] for name in ("smoothing", "smoothing_start", "smoothing_growth")
         )
         start, growth = torch.where(start < 0, START, start), torch.where(growth < 0, GROWTH, growth)
         alpha = torch.minimum(start + growth * state.step[rows.slot], most)
-        probability = torch.softmax(logits.float(), dim=-1).to(self._embedding.dtype)
-        mixture = probability @ self._embedding * alpha[:, None].to(self._embedding.dtype)
+        probability = self._share.softmax(logits).to(self._embedding.dtype)
+        mixture = self._share.ranks.sum(probability @ self._embedding) * alpha[:, None].to(self._embedding.dtype)
         # What the host reserved in vain, and what is not to be kept, goes to a column that nobody reads.
         kept[rows.slot, torch.where(rows.valid & (most > 0), rows.offset, kept.shape[1] - 1)] = mixture

@@ -100,12 +100,13 @@ def bench(
 def conformance(
     folder: Annotated[Path, typer.Argument(help="A golden folder: golden.json, golden.safetensors, a checkpoint.")],
     device: Annotated[str, typer.Option(help="cpu or cuda; in float32 on both")] = "cpu",
+    tensor_parallel_size: Annotated[int, typer.Option(help="Processes that hold the model together.")] = 1,
 ) -> None:
     """Replay a golden folder through the paged engine: a line per case, exit status 0 if none failed."""
     settle_threads()
     from linocut.engine.conformance.run import conformance as run
 
-    raise typer.Exit(run(folder, device))
+    raise typer.Exit(run(folder, device, tensor_parallel_size))
 
 
 def doctor(

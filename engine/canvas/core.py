@@ -146,6 +146,9 @@ class CanvasCore:
             rows[0].finish = "error"
         return False
 
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self._running),

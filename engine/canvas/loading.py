@@ -102,6 +102,7 @@ def _refuse_what_does_not_apply(config: EngineConfig, shape: CanvasShape) -> Non
         "numerics": config.numerics != "fast",
         "block_size": config.block_size is not None,
         "kv_memory": config.kv_memory is not None,
+        "tensor_parallel_size": config.tensor_parallel_size > 1,
     }
     for name, given in foreign.items():
         if given:

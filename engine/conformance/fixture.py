@@ -15,6 +15,7 @@ from ..config import EngineConfig
 from ..core import EngineCore
 from ..errors import ModelError
 from ..loading import load_model
+from ..parallel.ranks import ALONE, Ranks
 
 Outcome = Literal["pass", "known difference", "fail"]
 
@@ -29,9 +30,12 @@ class Result:
 class Fixture:
     """golden.json, golden.safetensors and the checkpoint of one folder. Raises ModelError if it is none."""
 
-    def __init__(self, folder: Path, device: str = "cpu", checkpoint: str | None = None) -> None:
-        """checkpoint: the model's folder as seen from `folder`; None: as golden.json says, or `folder` itself."""
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, device: str = "cpu", checkpoint: str | None = None, ranks: Ranks = ALONE) -> None:
+        """checkpoint: the model's folder as seen from `folder`; None: as golden.json says, or `folder` itself.
+
+        ranks: each of them runs all cases, on its part of the model.
+        """
+        self.folder, self.device, self.ranks = folder, device, ranks
         try:
             self.meta: dict[str, Any] = json.loads((folder / "golden.json").read_text())
         except (OSError, ValueError) as error:
@@ -74,6 +78,7 @@ class Fixture:
                 token_budget=None if self.checkpoint.resolve().name in ("llada", "dream") else 512,
                 kv_memory=16 << 20,
                 check_invariants=True,
+                tensor_parallel_size=self.ranks.size,
             )
-            self._engines[key] = EngineCore(load_model(config), check_invariants=True)
+            self._engines[key] = EngineCore(load_model(config, self.ranks), check_invariants=True)
         return self._engines[key]

@@ -66,7 +66,7 @@ class Probe:
         )
         with torch.inference_mode():
             hidden = runner.decoder.forward(ints(flat), ints(places), ints(slots), runner.cache, layout)
-            return runner.decoder.logits(hidden[starts[-2] :]).cpu()
+            return runner.decoder.all_logits(hidden[starts[-2] :]).cpu()
 
     def _visible(self, place: int, end: int, block_size: int) -> int:
         if self._core.traits.context == "token-causal":

@@ -62,7 +62,7 @@ def _run(
 def run_dinfer(fixture: Fixture) -> list[Result]:
     results = []
     for kind in ("block_diffusion_cases", "full_attention_cases"):
-        model = Fixture(fixture.folder, fixture.device, str(fixture.meta["checkpoints"][kind]))
+        model = Fixture(fixture.folder, fixture.device, str(fixture.meta["checkpoints"][kind]), fixture.ranks)
         for case in fixture.cases(kind):
             params = case["params"]
             block, length, stop = int(params["block_length"]), int(params["gen_length"]), int(params["eos_id"])

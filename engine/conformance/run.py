@@ -6,6 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from ..config import EngineConfig
+from ..machine import choose_device
+from ..parallel.crew import Crew
+from ..parallel.ranks import ALONE, Ranks
 from .canvas import run_canvas
 from .decode import run_fast_dllm_v2, run_sdar
 from .filters import run_filters
@@ -39,20 +43,24 @@ DECODERS: dict[str, Callable[[Fixture], list[Result]]] = {
 }
 
 
-def run_fixture(folder: Path, device: str = "cpu") -> list[Result] | None:
+def run_fixture(folder: Path, device: str = "cpu", ranks: Ranks = ALONE) -> list[Result] | None:
     """Results of all cases on `device`, or None if the folder's family is not built yet.
 
-    Raises ModelError for a broken folder.
+    ranks: all of them run the fixture at the same time, and have the same results. Raises ModelError for a broken
+    folder.
     """
-    fixture = Fixture(folder, device)
+    fixture = Fixture(folder, device, ranks=ranks)
     if fixture.family not in DECODERS:
         return None
     return run_forward_cases(fixture) + DECODERS[fixture.family](fixture)
 
 
-def conformance(folder: Path, device: str = "cpu") -> int:
-    """Print the results; returns the exit status: 0 all passed, 1 a case failed, 2 the family is not built yet."""
-    results = run_fixture(folder, device)
+def conformance(folder: Path, device: str = "cpu", size: int = 1) -> int:
+    """Print the results; returns the exit status: 0 all passed, 1 a case failed, 2 the family is not built yet.
+
+    size: processes that hold the model together.
+    """
+    results = run_fixture(folder, device) if size == 1 else _run_parallel(folder, device, size)
     if results is None:
         fixture = Fixture(folder)
         print(f"{fixture.family}: not built yet, {fixture.case_count} cases were not run")
@@ -63,3 +71,16 @@ def conformance(folder: Path, device: str = "cpu") -> int:
     known = count["known difference"]
     print(f"{count['pass']} passed, {count['fail']} failed" + (f", {known} known differences" if known else ""))
     return 1 if count["fail"] else 0
+
+
+def _run_parallel(folder: Path, device: str, size: int) -> list[Result] | None:
+    config = EngineConfig(model=str(folder), device=device, tensor_parallel_size=size)
+    crew = Crew(size, choose_device(config), _follow, folder, device)
+    try:
+        return run_fixture(folder, device, crew.ranks)
+    finally:
+        crew.close()
+
+
+def _follow(ranks: Ranks, folder: Path, device: str) -> None:
+    run_fixture(folder, device, ranks)

@@ -18,6 +18,8 @@ FILE = "adapter.safetensors"
 MASK_EMBEDDING = "model.mask_embedding"
 
 Linear = Callable[[Tensor], Tensor]
+# The rows, then the columns, that are wanted of a tensor; all of those that are not named.
+Part = tuple[slice, ...]
 
 
 class Weights(Protocol):
@@ -26,6 +28,12 @@ class Weights(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+
+
+class WeightsInParts(Weights, Protocol):
+    """The same, where a part of a tensor can be read alone."""
+
+    def get(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor: ...
 
 
 class Gate:

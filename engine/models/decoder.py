@@ -15,7 +15,10 @@ from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
 from linocut.kernels.rope import rope_and_cache_write, rope_table
 
 from ..errors import ModelError
-from .adapter import MASK_EMBEDDING, Adapter, Gate, Weights, read_adapter
+from ..parallel.ranks import ALONE, Ranks
+from ..parallel.split import SplitWeights, part_of
+from ..parallel.vocabulary import VocabShare
+from .adapter import MASK_EMBEDDING, Adapter, Gate, WeightsInParts, read_adapter
 from .backbone import Backbone
 from .draft_head import read_draft_head
 from .linear import pack_linear
@@ -71,8 +74,10 @@ def allocate_cache(backbone: Backbone, pages: int, page_size: int, dtype: torch.
 
 
 class Decoder:
-    """Weights of one backbone and its forward. RMSNorm rounds as the family's own code does (`fused_norm`).
+    """Weights of one backbone, or a rank's part of them, and its forward.
 
+    RMSNorm rounds as the family's own code does (`fused_norm`). ranks: all of them make the same calls; the residual
+    stream is whole in each.
     adapter_rank: of the gated adapter among `weights`, 0 where there is none. mask_id: the id whose embedding on
     rows that are not final is the adapter's own.
     """
@@ -80,7 +85,7 @@ class Decoder:
     def __init__(
         self,
         backbone: Backbone,
-        weights: Weights,
+        weights: WeightsInParts,
         *,
         fused_norm: bool,
         positions: int,
@@ -91,9 +96,12 @@ class Decoder:
         adapter_rank: int = 0,
         mask_id: int | None = None,
         draft_head: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.backbone, self.fused_norm, self.backend = backbone, fused_norm, backend
         self.dtype, self.device = dtype, device
+        self.ranks, self.share = ranks, VocabShare(backbone.vocab, ranks)
+        self.part = part_of(backbone, ranks.size)
         b = backbone
         q_size, kv_size = b.heads * b.head_dim, b.kv_heads * b.head_dim
         self.scale = b.head_dim**-0.5
@@ -113,25 +121,25 @@ class Decoder:
             beta, period = b.query_scaling
             turns = torch.arange(positions, device=device) // period
             self.query_scale = (1 + beta * torch.log1p(turns.float())).to(dtype)[:, None, None]
-        weights = NamedWeights(weights, b)
-        self.embedding = weights.get("model.embed_tokens.weight", (b.vocab, b.hidden))
-        self.norm = weights.get("model.norm.weight", (b.hidden,))
-        tied = b.tied_head or "lm_head.weight" not in weights
-        head = self.embedding if tied else weights.get("lm_head.weight", (b.vocab, b.hidden))
+        parts = SplitWeights(NamedWeights(weights, b), b, self.share)
+        self.embedding = parts.get("model.embed_tokens.weight", (b.vocab, b.hidden))
+        self.norm = parts.get("model.norm.weight", (b.hidden,))
+        tied = b.tied_head or "lm_head.weight" not in parts
+        head = self.embedding if tied else parts.get("lm_head.weight", (b.vocab, b.hidden))
         # The head stays exact also under int8: its argmax is the product.
         self.head = pack_linear(head, None, "none")
-        self.draft_head = read_draft_head(weights, b.hidden, self.embedding, head) if draft_head else None
+        self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share) if draft_head else None
         self.mask_id = mask_id
-        self.mask_embedding = weights.get(MASK_EMBEDDING, (b.hidden,)) if adapter_rank else None
+        self.mask_embedding = parts.get(MASK_EMBEDDING, (b.hidden,)) if adapter_rank else None
 
         def linear(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
-            weight = torch.cat([weights.get(f"{name}.weight", (rows, inputs)) for name, rows in names])
-            biases = [weights.get(f"{name}.bias", (rows,)) for name, rows in names] if bias else None
+            weight = torch.cat([parts.get(f"{name}.weight", (rows, inputs)) for name, rows in names])
+            biases = [parts.get(f"{name}.bias", (rows,)) for name, rows in names] if bias else None
             return pack_linear(weight, torch.cat(biases) if biases else None, quantization)
 
         def adapters(at: str) -> LayerAdapters:
             def adapter(name: str, inputs: int, outputs: int) -> Adapter:
-                return read_adapter(weights, at + name, inputs, outputs, adapter_rank)
+                return read_adapter(parts, at + name, inputs, outputs, adapter_rank)
 
             return LayerAdapters(
                 qkv=adapter("self_attn.qkv_proj", b.hidden, q_size + 2 * kv_size),
@@ -148,15 +156,15 @@ class Decoder:
             sparse = b.experts if b.experts is not None and b.experts.at(index) else None
             self.layers.append(
                 Layer(
-                    input_norm=weights.get(f"{at}input_layernorm.weight", (b.hidden,)),
+                    input_norm=parts.get(f"{at}input_layernorm.weight", (b.hidden,)),
                     qkv=linear(qkv, b.hidden, b.qkv_bias),
-                    q_norm=weights.get(f"{at}self_attn.q_norm.weight", (b.head_dim,)) if b.qk_norm else None,
-                    k_norm=weights.get(f"{at}self_attn.k_norm.weight", (b.head_dim,)) if b.qk_norm else None,
+                    q_norm=parts.get(f"{at}self_attn.q_norm.weight", (b.head_dim,)) if b.qk_norm else None,
+                    k_norm=parts.get(f"{at}self_attn.k_norm.weight", (b.head_dim,)) if b.qk_norm else None,
                     output=linear([(f"{at}self_attn.o_proj", b.hidden)], q_size, b.o_bias),
-                    post_norm=weights.get(f"{at}post_attention_layernorm.weight", (b.hidden,)),
+                    post_norm=parts.get(f"{at}post_attention_layernorm.weight", (b.hidden,)),
                     gate_up=None if sparse else linear(gate_up, b.hidden, b.mlp_bias),
                     down=None if sparse else linear([(f"{at}mlp.down_proj", b.hidden)], b.intermediate, b.mlp_bias),
-                    moe=MoeMlp(weights, f"{at}mlp.", b.hidden, sparse, quantization, backend) if sparse else None,
+                    moe=MoeMlp(parts, f"{at}mlp.", b.hidden, sparse, quantization, backend) if sparse else None,
                     adapters=adapters(at) if adapter_rank else None,
                 )
             )
@@ -177,10 +185,10 @@ class Decoder:
         that a gated adapter acts on; None: on none. added: [tokens, hidden] to their embeddings, or None. Returns the
         last layer's hidden states before the final norm, [tokens, hidden].
         """
-        b = self.backbone
+        b = self.part
         gate = Gate(noisy, self.dtype) if noisy is not None and self.layers[0].adapters is not None else None
         sizes = [b.heads, b.kv_heads, b.kv_heads]
-        residual = torch.nn.functional.embedding(ids, self.embedding)
+        residual = self.share.embed(ids, self.embedding)
         if noisy is not None and self.mask_embedding is not None:
             # A mask id in a prompt is a final token like any other.
             masks = noisy & (ids == self.mask_id)
@@ -201,22 +209,26 @@ class Decoder:
                 q = q * self.query_scale.index_select(0, positions)
             attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend)
             attended = attended.reshape(attended.shape[0], -1)
-            x = _adapted(layer.output(attended), attended, adapters and adapters.output, gate)
+            x = self.ranks.sum(_adapted(layer.output(attended), attended, adapters and adapters.output, gate))
             x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
             if layer.gate_up is not None and layer.down is not None:
                 up = _adapted(layer.gate_up(x), x, adapters and adapters.gate_up, gate)
                 gated = silu_and_mul(up, backend=self.backend)
-                x = _adapted(layer.down(gated), gated, adapters and adapters.down, gate)
+                x = self.ranks.sum(_adapted(layer.down(gated), gated, adapters and adapters.down, gate))
             elif layer.moe is not None:
-                x = layer.moe(x)
+                x = self.ranks.sum(layer.moe(x))
             if index + 1 < len(self.layers):
                 following = self.layers[index + 1].input_norm
                 x, residual = add_rms_norm(x, residual, following, b.norm_eps, self.fused_norm, backend=self.backend)
         return x + residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] before the final norm -> [rows, vocab] in the model's dtype."""
-        return self.head(self.normed(hidden))
+        """[rows, hidden] before the final norm -> [rows, width of the share] in the model's dtype."""
+        return self.share.fill(self.head(self.normed(hidden)))
+
+    def all_logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] before the final norm -> [rows, vocab], from all ranks."""
+        return self.share.whole(self.logits(hidden))
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [rows, hidden] -> [rows, hidden]."""

@@ -10,9 +10,10 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import linear, silu
 
 from ..errors import ConfigError
+from ..parallel.vocabulary import VocabShare
 from .adapter import Weights
 from .linear import Linear, pack_linear
 
@@ -20,25 +21,30 @@ from .linear import Linear, pack_linear
 class DraftHead:
     """u = h + output · silu(input · [h ; e]), e the embedding of the token before, at unit RMS; scores are E · u."""
 
-    def __init__(self, inputs: Tensor, outputs: Tensor, words: Tensor, head: Tensor) -> None:
+    def __init__(self, inputs: Tensor, outputs: Tensor, words: Tensor, head: Tensor, share: VocabShare) -> None:
         """inputs: [hidden, 2 * hidden], outputs: [hidden, hidden]; words, head: the embedding and the vocabulary head,
-        [vocab, hidden]."""
+        [width of the share, hidden]."""
         self._inputs, self._outputs, self._words, self._head = inputs, outputs, words, head
+        self._share = share
         # Candidates are guesses, for which a CPU reads half of the bytes: drafts are verified by exact rows.
-        self.quick_logits: Linear | None = None
+        self._quick: Linear | None = None
         if head.device.type == "cpu":
             with contextlib.suppress(ConfigError):
-                self.quick_logits = pack_linear(head, None, "int8")
+                self._quick = pack_linear(head, None, "int8")
+
+    def quick_logits(self, normed: Tensor) -> Tensor | None:
+        """[rows, hidden] -> about what the head says of the share's ids, [rows, width]; None: it is no quicker."""
+        return None if self._quick is None else self._share.fill(self._quick(normed))
 
     def scores(self, hidden: Tensor, last: Tensor, candidates: Tensor) -> Tensor:
         """hidden: [rows, hidden], final-normed; last: [rows] ids; candidates: [rows, K] ids. Returns [rows, K]."""
-        before = embedding(last, self._words).float()
+        before = self._share.embed(last, self._words).float()
         before = before * torch.rsqrt(before.square().mean(-1, keepdim=True).clamp_min(1e-12))
         refined = linear(silu(linear(torch.cat([hidden, before.to(hidden.dtype)], 1), self._inputs)), self._outputs)
-        return torch.einsum("rd,rkd->rk", hidden + refined, self._head[candidates])
+        return self._share.scores(hidden + refined, candidates, self._head)
 
 
-def read_draft_head(weights: Weights, hidden: int, words: Tensor, head: Tensor) -> DraftHead:
+def read_draft_head(weights: Weights, hidden: int, words: Tensor, head: Tensor, share: VocabShare) -> DraftHead:
     """Raises ModelError if a tensor is missing."""
     inputs = weights.get("draft_head.input", (hidden, 2 * hidden))
-    return DraftHead(inputs, weights.get("draft_head.output", (hidden, hidden)), words, head)
+    return DraftHead(inputs, weights.get("draft_head.output", (hidden, hidden)), words, head, share)

@@ -9,7 +9,7 @@ from ..errors import ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .adapter import Weights
+    from .adapter import Part, WeightsInParts
     from .backbone import Backbone
 
 Layout = Literal["llama", "olmo", "llada2", "encoder"]
@@ -44,25 +44,25 @@ class NamedWeights:
     models call the transformer an encoder and what reads it a diffusion head.
     """
 
-    def __init__(self, weights: Weights, backbone: Backbone) -> None:
+    def __init__(self, weights: WeightsInParts, backbone: Backbone) -> None:
         self._weights, self._backbone = weights, backbone
 
     def __contains__(self, name: str) -> bool:
         found, _ = self._find(name)
         return found in self._weights
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor of `shape`. Raises ModelError if it is missing or of another shape."""
-        found, part = self._find(name)
-        if part is None:
-            return self._weights.get(found, shape)
+    def get(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
+        """One tensor of `shape`, or a part of it. Raises ModelError if it is missing or of another shape."""
+        found, nth = self._find(name)
+        if nth is None:
+            return self._weights.get(found, shape, part)
         b = self._backbone
         sizes = [b.heads * b.head_dim, b.kv_heads * b.head_dim, b.kv_heads * b.head_dim]
-        whole = self._weights.get(found, (sum(sizes), *shape[1:]))
-        rows = whole[sum(sizes[:part]) : sum(sizes[: part + 1])]
-        if tuple(rows.shape) != shape:
-            raise ModelError(f"{found} holds {tuple(rows.shape)} for {name}, config.json implies {shape}")
-        return rows
+        if sizes[nth] != shape[0]:
+            raise ModelError(f"{found} holds {sizes[nth]} rows for {name}, config.json implies {shape[0]}")
+        first, end, _ = (part[0] if part else slice(None)).indices(shape[0])
+        rows = slice(sum(sizes[:nth]) + first, sum(sizes[:nth]) + end)
+        return self._weights.get(found, (sum(sizes), *shape[1:]), (rows, *part[1:]))
 
     def _find(self, name: str) -> tuple[str, int | None]:
         """The checkpoint's name, and which part of that tensor is meant: 0 queries, 1 keys, 2 values, None all."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .adapter import FILE as ADAPTER_FILE
+from .adapter import Part
 
 
 class WeightFiles:
@@ -41,15 +42,16 @@ class WeightFiles:
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor, checked against `shape`. Raises ModelError if it is missing or of another shape."""
+    def get(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
+        """One tensor, or a part of it. Raises ModelError if it is missing or, as a whole, not of `shape`."""
         path = self._where.get(name)
         if path is None:
             raise ModelError(f"the checkpoint lacks the tensor {name!r}")
         with safe_open(path, framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"{name} has shape {tuple(tensor.shape)}, config.json implies {shape}")
+            found = handle.get_slice(name)
+            if tuple(found.get_shape()) != shape:
+                raise ModelError(f"{name} has shape {tuple(found.get_shape())}, config.json implies {shape}")
+            tensor: Tensor = found[part] if part else handle.get_tensor(name)
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ModelError(f"{name} is stored as {tensor.dtype}: quantised checkpoints are not supported")
         return tensor.to(device=self._device, dtype=self._dtype)
@@ -75,8 +77,10 @@ class RandomWeights:
     def __contains__(self, name: str) -> bool:
         return True
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
         if name.endswith(("norm.weight", "ln_f.weight")):
             return torch.ones(shape, dtype=self._dtype, device=self._device)
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
-        return tensor.normal_(0.0, 0.02, generator=self._generator)
+        tensor.normal_(0.0, 0.02, generator=self._generator)
+        # Drawn whole, so that all parts are of one model.
+        return tensor[part].clone() if part else tensor

@@ -1,0 +1,44 @@
+"""The processes that hold one model together, and what they tell each other within a step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """This process is `rank` of `size`, of torch.distributed's default group.
+
+    Every rank calls the same methods in the same order, and all get the same bits back. A rank that is alone gets its
+    own.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in the place of contiguous `x`."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[size, *shape of x]: every rank's `x`, all of one shape, in their order."""
+        if self.size == 1:
+            return x[None]
+        # One concatenated output: gloo has no other form of it.
+        found = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(found, x.contiguous())
+        return found.view(self.size, *x.shape)
+
+    def least(self, value: int) -> int:
+        """The least `value` of any rank; the host waits for it."""
+        if self.size == 1:
+            return value
+        found = torch.tensor([value])
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
+
+
+ALONE = Ranks()
