@@ -121,7 +121,7 @@ def join(rank: int, size: int, meeting: Path, device: torch.device) -> Ranks:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(str(meeting), size),
+        store=dist.FileStore(str(meeting), size),  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
         device_id=device if device.type == "cuda" else None,

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from linocut.engine.config import EngineConfig
 from linocut.engine.core import EngineCore
 from linocut.engine.decoding.parameters import resolve
 from linocut.engine.loading import load_model
 from linocut.engine.messages import AddRequest
+from linocut.engine.parallel.ranks import ALONE, Ranks
 from linocut.engine.params import SamplingParams
 from linocut.engine.sequence import Sequence
 
@@ -41,7 +43,13 @@ PAGE_BYTES = 2 * 3 * 2 * 16 * 4  # K and V, layers, heads, head size, float32: o
 
 
 def engine(
-    family: str, *, pages: int | None = None, budget: int | None = None, plain: bool = False, **overrides: Any
+    family: str,
+    *,
+    pages: int | None = None,
+    budget: int | None = None,
+    plain: bool = False,
+    ranks: Ranks = ALONE,
+    **overrides: Any,
 ) -> EngineCore:
     """A fresh float32 engine on the CPU that checks its invariants after every step.
 
@@ -56,13 +64,14 @@ def engine(
         "page_size": 16,
         "stop_ids": (),
         "check_invariants": True,
+        "tensor_parallel_size": ranks.size,
         **{**CONFIGS, **MORE}[family],
         **overrides,
     }
     config["model"] = str(GOLDEN / config["model"]) if "/" not in str(config["model"]) else str(config["model"])
     if pages is not None:
         config["kv_memory"] = (pages + 1) * PAGE_BYTES * config["page_size"]
-    core = EngineCore(load_model(EngineConfig(**config)), check_invariants=config["check_invariants"])
+    core = EngineCore(load_model(EngineConfig(**config), ranks), check_invariants=config["check_invariants"])
     if budget is not None:
         core.scheduler.token_budget = budget
     if family == "causal" and not plain:
@@ -72,12 +81,12 @@ def engine(
 
 def change_logits(core: EngineCore, change: Callable[[Tensor], Tensor], ids: list[int]) -> None:
     """Replace the logits of `ids` by what `change` makes of all of them."""
-    head = core.runner.decoder.head
+    head, share = core.runner.decoder.head, core.runner.decoder.share
 
     def changed(hidden: Tensor) -> Tensor:
-        logits = head(hidden)
+        logits = share.whole(head(hidden))
         logits[:, ids] = change(logits)
-        return logits
+        return pad(logits[:, share.start : share.start + share.held], (0, share.width - share.held))
 
     core.runner.decoder.head = changed
 

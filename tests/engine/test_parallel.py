@@ -1,0 +1,70 @@
+"""A model that two processes hold together says what it says in one, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from converted import converted_folder
+from rank_pair import RankPair, golden_results, some_cases, texts
+
+from linocut.engine.parallel.ranks import ALONE
+
+# Settings of strategies beside those of every family's tests.
+EXTRA: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "llada": {"threshold": [{"threshold": 0.3, "smoothing": 0.5, "block_length": 6}, {"threshold": 0.3}]},
+    "converted": {
+        "verify": [{"row_cost": 0.0}, {"draft_length": 5}, {"draft_length": 1, "row_cost": 0.0}],
+        "static": [{"denoising_steps": 2}, {"order": "margin"}],
+    },
+}
+FAMILIES = ("sdar", "sdar_moe", "llada2", "llada", "dream", "wedlm", "causal", "fast_dllm_v2")
+# Every how manieth decoding case is replayed: all of them take minutes.
+GOLDEN = {
+    "sdar": 6,
+    "sdar_moe": 8,
+    "llada2": 8,
+    "llada": 8,
+    "dream": 8,
+    "wedlm": 4,
+    "wedlm_bias": 4,
+    "jacobi_qwen2": 4,
+    "fast_dllm_v2": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPair]:
+    pair = RankPair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_say_what_one_says(pair: RankPair, family: str) -> None:
+    extra = EXTRA.get(family, {})
+    alone = texts(ALONE, family, extra, {})
+    assert len({tuple(tokens) for tokens, _ in alone.values()}) > 3, "texts to compare"
+    assert pair.run(texts, family, extra, {}) == alone
+
+
+@pytest.mark.parametrize("draft_head", [None, 0.2])
+def test_two_ranks_share_a_gated_model_and_its_draft_head(
+    pair: RankPair, tmp_path: Path, draft_head: float | None
+) -> None:
+    model = {"model": str(converted_folder(tmp_path / "model", draft_head=draft_head)), "plain": True}
+    alone = texts(ALONE, "causal", EXTRA["converted"], model)
+    assert len({tuple(tokens) for tokens, _ in alone.values()}) > 3, "texts to compare"
+    assert pair.run(texts, "causal", EXTRA["converted"], model) == alone
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+def test_two_ranks_decide_what_the_family_s_own_code_decides(
+    pair: RankPair, golden: Path, tmp_path: Path, family: str
+) -> None:
+    folder = some_cases(golden / family, tmp_path / family, {"decode_cases": GOLDEN[family], "batch_cases": 8})
+    results = pair.run(golden_results, folder)
+    assert {r.case: r.detail for r in results if r.outcome == "fail"} == {}
+    assert len(results) > 2
