@@ -18,20 +18,21 @@ EXTRA: dict[str, dict[str, list[dict[str, Any]]]] = {
     "converted": {
         "verify": [{"row_cost": 0.0}, {"draft_length": 5}, {"draft_length": 1, "row_cost": 0.0}],
         "static": [{"denoising_steps": 2}, {"order": "margin"}],
+        "hierarchical": [{"threshold": 0.6, "low_threshold": 0.3}],
     },
 }
 FAMILIES = ("sdar", "sdar_moe", "llada2", "llada", "dream", "wedlm", "causal", "fast_dllm_v2")
 # Every how manieth decoding case is replayed: all of them take minutes.
 GOLDEN = {
-    "sdar": 6,
-    "sdar_moe": 8,
-    "llada2": 8,
-    "llada": 8,
-    "dream": 8,
-    "wedlm": 4,
-    "wedlm_bias": 4,
-    "jacobi_qwen2": 4,
-    "fast_dllm_v2": 8,
+    "sdar": 12,
+    "sdar_moe": 12,
+    "llada2": 12,
+    "llada": 12,
+    "dream": 12,
+    "wedlm": 8,
+    "wedlm_bias": 12,
+    "jacobi_qwen2": 12,
+    "fast_dllm_v2": 12,
 }
 
 
@@ -64,7 +65,8 @@ def test_two_ranks_share_a_gated_model_and_its_draft_head(
 def test_two_ranks_decide_what_the_family_s_own_code_decides(
     pair: RankPair, golden: Path, tmp_path: Path, family: str
 ) -> None:
-    folder = some_cases(golden / family, tmp_path / family, {"decode_cases": GOLDEN[family], "batch_cases": 8})
+    keep = {"forward_cases": 2, "decode_cases": GOLDEN[family], "ar_cases": 8, "batch_cases": 8}
+    folder = some_cases(golden / family, tmp_path / family, keep)
     results = pair.run(golden_results, folder)
     assert {r.case: r.detail for r in results if r.outcome == "fail"} == {}
     assert len(results) > 2
