@@ -162,18 +162,18 @@ class ModelRunner:
     ) -> Tensor:
         """Decide and advance one group; returns its packed reports, [rows, 14 + 2 W] int32."""
         strategy = self.strategies[group.strategy]
+        if strategy.biased and forward.logits is not None:
+            statistics = self._biased(strategy, group, view, span, statistics, forward)
         if self.traits.commit_opens and not strategy.frontier:
-            # Clean rows are the autoregressive model: what they say stands.
-            statistics.confidence.masked_fill_(statistics.candidates & span.opening, torch.inf)
+            stand(statistics, span.opening)
             head, logits = self.decoder.draft_head, forward.logits
-            if head is not None and logits is not None:
+            # The head's proposals know nothing of a bias.
+            if head is not None and logits is not None and not strategy.biased:
                 flags = forward.shape.flags
                 index = window_index(logits, forward.shape.rows, group.window)[group.first : group.last]
                 statistics = self.drafter.couple(
                     head, self.state, forward.hidden, logits, flags, view, statistics, span.opening, index
                 )
-        if strategy.biased and forward.logits is not None:
-            statistics = self._biased(strategy, group, view, span, statistics, forward)
         if strategy.branches and span.segments is not None and group.segments:
             statistics.segments = self._segment_statistics(strategy, group, view, span.segments, forward)
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
@@ -309,6 +309,18 @@ def _flags(sampling: SamplingParams, decoding: DecodingParams, strategy: Strateg
 
 def _smoothed(decoding: DecodingParams) -> bool:
     return float(decoding.values.get("smoothing", 0.0)) > 0
+
+
+def stand(statistics: WindowStatistics, opening: Tensor) -> None:
+    """What clean rows say comes first, in place: they are the autoregressive model. opening: [rows, W] bool."""
+    sure = statistics.candidates & opening
+    statistics.confidence.masked_fill_(sure, torch.inf)
+    if statistics.margin is not None:
+        statistics.margin.masked_fill_(sure, torch.inf)
+    if statistics.entropy is not None:
+        # Its own where it is the least. Not 0: what masks say was not told of it, so it counts among what is uncertain.
+        least = torch.where(statistics.candidates, statistics.entropy, torch.inf).amin(dim=1, keepdim=True)
+        statistics.entropy = torch.where(sure, least, statistics.entropy)
 
 
 def marginal_cost(rows: int, share: float) -> float:
