@@ -14,13 +14,14 @@ from .decoding.strategy import Equipment, Needs, Strategy
 from .decoding.view import Decision, RowView, Span, WindowStatistics
 from .drafting import Drafter
 from .family import FamilyTraits
+from .flight import Flight
 from .graphs import MAX_TOKENS, StepGraphs
-from .groups import no_statistics, report_width, span_of, statistics_of, unpack_report
+from .groups import no_statistics, span_of, statistics_of
 from .layout import Group, StepInputs, StepLayout, StepShape, lay_out, step_inputs
 from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
 from .params import DecodingParams, SamplingParams
-from .plan import Admission, RowReport, StepPlan
+from .plan import Admission, StepPlan
 from .sampling import Sampler, SamplingFlags, to_segments, to_window
 from .segments import draft_rows, segment_rows
 from .smoothing import Mixer, make_room
@@ -44,7 +45,7 @@ class ModelRunner:
     rows: slots of the state that plans name; those behind them are for idle rows, one of each strategy. graphs: run
     steps as CUDA graphs. row_share: how much longer a forward takes for one more position (see `marginal_cost`).
 
-    Within `execute` nothing waits for the device; the one copy to the host is the report at its end.
+    Nothing in `launch` waits for the device; the one copy to the host is that of the reports, when the flight lands.
     """
 
     def __init__(
@@ -79,26 +80,20 @@ class ModelRunner:
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[RowReport]:
-        """Admit, grant, run one forward, decide, advance. Reports come in the order of `plan.rows`."""
+    def launch(self, plan: StepPlan) -> Flight | None:
+        """Admit, grant, and have the device run one forward, decide and advance; None where the plan has no rows.
+
+        The one before must have landed.
+        """
         self._admit(plan)
         if not plan.rows:
-            return []
+            return None
         layout = self._lay_out(plan)
         packed = self.graphs.run(layout, self._state_version()) if self.graphs is not None else None
         if packed is None:
             inputs = step_inputs(to_device(layout.array, self.state.device), layout.shape)
             packed = self.step(layout.shape, inputs, layout.lengths)
-        numbers = packed.tolist()
-        reports, first = [], 0
-        for group in layout.shape.groups:
-            width = report_width(group.window)
-            size = width * (group.last - group.first)
-            reports += [
-                unpack_report(numbers[at : at + width], group.window) for at in range(first, first + size, width)
-            ]
-            first += size
-        return [reports[place] for place in layout.places]
+        return Flight(layout, packed)
 
     def step(self, shape: StepShape, inputs: StepInputs, lengths: list[int] | None = None) -> Tensor:
         """One forward and what follows from it, on the device alone. Returns the packed reports of all rows, flat.
