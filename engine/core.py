@@ -62,6 +62,8 @@ class EngineCore:
 
     def equip(self, equipment: Equipment) -> None:
         """Give the strategies other equipment than the model folder's."""
+        if equipment.filter is not None:
+            equipment = Equipment(equipment.filter.to(self.runner.state.device))
         self.traits = replace(self.traits, has_filter=equipment.filter is not None)
         table = offered(self.traits).strategy_table
         self.info = msgspec.structs.replace(self.info, strategy_table=table)
