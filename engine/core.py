@@ -11,11 +11,12 @@ import msgspec
 from .decoding.registry import build_strategies, offered
 from .decoding.strategy import Equipment
 from .family import FamilyTraits
+from .flight import Flight
 from .geometry import Geometry
 from .loading import LoadedModel
 from .machine import is_out_of_memory, release_memory
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, FinishReason
-from .plan import RowReport, StepPlan
+from .plan import StepPlan
 from .pressure import LEAST_POSITIONS, MemoryPressure
 from .sequence import Sequence
 from .step_clock import StepClock
@@ -35,10 +36,14 @@ class EngineCore:
         self._order = 0
         self.clock = StepClock()
         self._pressure = MemoryPressure(model.scheduler.token_budget, LEAST_POSITIONS)
+        # A CPU has nothing else to do while it computes.
+        self.overlapping = model.runner.state.device.type == "cuda"
+        self._flight: Flight | None = None
+        self._shed: list[Sequence] = []  # ended because a forward of it alone does not fit the memory
 
     @property
     def busy(self) -> bool:
-        return self.scheduler.busy
+        return self.scheduler.busy or self._flight is not None or bool(self._shed)
 
     def add(self, request: AddRequest) -> None:
         """Queue a request's choices. Raises ParameterError if it cannot be served; then nothing was queued."""
@@ -57,6 +62,8 @@ class EngineCore:
 
     def equip(self, equipment: Equipment) -> None:
         """Give the strategies other equipment than the model folder's."""
+        if equipment.filter is not None:
+            equipment = Equipment(equipment.filter.to(self.runner.state.device))
         self.traits = replace(self.traits, has_filter=equipment.filter is not None)
         table = offered(self.traits).strategy_table
         self.info = msgspec.structs.replace(self.info, strategy_table=table)
@@ -77,64 +84,82 @@ class EngineCore:
             self.clock.pause()
 
     def step(self) -> list[ChoiceOutput]:
-        """Plan and run one forward; returns what it committed, one entry per choice that moved or ended."""
+        """Take in one forward's results; returns what it committed, one entry per choice that moved or ended.
+
+        Where forwards overlap with the host's work, the next one is under way when this returns.
+        """
         self.clock.begin()
-        plan = self.scheduler.schedule()
-        if plan.admissions:
-            self._note_started()
-        self.clock.launch()
-        reports, shed = self._try(plan)
+        if self._flight is None:
+            self._launch()
+        moved = self._land()
+        if self.overlapping and self.scheduler.busy:
+            self._launch()
+        outputs = [output_of(sequence, [], "error", "out of memory") for sequence in self._shed]
+        self._shed = []
+        outputs += [output_of(sequence, tokens, sequence.finish) for sequence, tokens in moved]
+        self.clock.end(self.busy)
+        return outputs
+
+    def _land(self) -> list[tuple[Sequence, list[int]]]:
+        """Wait for the forward that is under way; the sequences that moved or ended, with their new tokens."""
+        if self._flight is None:
+            return []
+        flight, self._flight = self._flight, None
+        reports = flight.land()
         self.clock.land()
+        if self._pressure.succeed():
+            self._bound_forwards()
         now = time.monotonic()
-        outputs = [output_of(sequence, [], "error", "out of memory") for sequence in shed]
+        moved = []
         for sequence, tokens in self.scheduler.update(reports, now):
             if tokens or sequence.finish:
                 sequence.answered = sequence.answered or now
-                outputs.append(output_of(sequence, tokens, sequence.finish))
+                moved.append((sequence, tokens))
             if sequence.finish:
                 self.forget(sequence)
         if self._check:
             self.scheduler.check()
-        self.clock.end(self.busy)
-        return outputs
+        return moved
 
     def _note_started(self) -> None:
         now = time.monotonic()
         for sequence in self.scheduler.running:
             sequence.started = sequence.started or now
 
-    def _try(self, plan: StepPlan) -> tuple[list[RowReport], list[Sequence]]:
-        """Reports of the plan's rows and no sequences; or, if it did not fit the memory, no reports and who had to go.
+    def _launch(self) -> None:
+        """Plan the next forward and hand it to the device.
 
-        The others wait again, and forwards are smaller from then on.
+        If it does not fit the memory, who ran waits again, and forwards are smaller from then on; what does not fit
+        alone is shed.
         """
+        plan = self.scheduler.schedule()
+        if plan.admissions:
+            self._note_started()
+        self.clock.launch()
         try:
-            reports = self.execute(plan)
+            self._flight = self.launch(plan)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             log.warning("a forward of %d rows ran out of memory: %s", len(plan.rows), str(error)[:300])
         else:
-            if reports and self._pressure.succeed():
-                self._bound_forwards()
-            return reports, []
+            return
         # Outside of the handler, whose traceback holds the tensors of the forward.
         release_memory(self.runner.state.device)
         fits = self._pressure.fail(sum(row.width + row.scratch for row in plan.rows))
         self._bound_forwards()
         planned = self.scheduler.retreat()
-        if fits or not planned:
-            return [], []
-        self.scheduler.fail(planned[-1])
-        self.forget(planned[-1])
-        return [], [planned[-1]]
+        if planned and not fits:
+            self.scheduler.fail(planned[-1])
+            self.forget(planned[-1])
+            self._shed.append(planned[-1])
 
     def _bound_forwards(self) -> None:
         log.warning("forwards now hold at most %d positions", self._pressure.budget)
         self.scheduler.token_budget = self._pressure.budget
 
-    def execute(self, plan: StepPlan) -> list[RowReport]:
-        return self.runner.execute(plan)
+    def launch(self, plan: StepPlan) -> Flight | None:
+        return self.runner.launch(plan)
 
     def stats(self) -> EngineStats:
         scheduler, counters, clock = self.scheduler, self.scheduler.counters, self.clock

@@ -1,4 +1,4 @@
-"""The part of a group in what a forward gives, and its rows' reports."""
+"""The part of a group in what a forward gives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 
 from .decoding.view import Span, WindowStatistics
 from .layout import Group
-from .plan import RowReport
 
 
 def span_of(span: Span, group: Group) -> Span:
@@ -40,33 +39,4 @@ def no_statistics(rows: int, window: int, device: torch.device) -> WindowStatist
         torch.zeros((rows, window), dtype=torch.bool, device=device),
         torch.zeros((rows, window), dtype=torch.int64, device=device),
         torch.full((rows, window), -torch.inf, device=device),
-    )
-
-
-def report_width(window: int) -> int:
-    """Numbers in a row's report."""
-    return 14 + 2 * window
-
-
-def unpack_report(row: list[int], window: int) -> RowReport:
-    """row: [report_width(window)], as `ModelRunner._advance` packs it."""
-    start, final_len, step, run_start, width, targets, segments = row[:7]
-    finish, prefix, committed, reason, clean, edited, remasked = row[7:14]
-    return RowReport(
-        finish=finish,
-        prefix=prefix,
-        window=row[14 : 14 + window],
-        decided=[bool(flag) for flag in row[14 + window :]],
-        next_start=start,
-        next_final_len=final_len,
-        next_step=step,
-        next_run_start=run_start,
-        next_width=width,
-        next_targets=targets,
-        next_segments=segments,
-        committed=committed,
-        reason=reason,
-        clean=clean,
-        edited=edited,
-        remasked=remasked,
     )

@@ -14,13 +14,14 @@ from .decoding.strategy import Equipment, Needs, Strategy
 from .decoding.view import Decision, RowView, Span, WindowStatistics
 from .drafting import Drafter
 from .family import FamilyTraits
+from .flight import Flight
 from .graphs import MAX_TOKENS, StepGraphs
-from .groups import no_statistics, report_width, span_of, statistics_of, unpack_report
+from .groups import no_statistics, span_of, statistics_of
 from .layout import Group, StepInputs, StepLayout, StepShape, lay_out, step_inputs
 from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
 from .params import DecodingParams, SamplingParams
-from .plan import Admission, RowReport, StepPlan
+from .plan import Admission, StepPlan
 from .sampling import Sampler, SamplingFlags, to_segments, to_window
 from .segments import draft_rows, segment_rows
 from .smoothing import Mixer, make_room
@@ -44,7 +45,7 @@ class ModelRunner:
     rows: slots of the state that plans name; those behind them are for idle rows, one of each strategy. graphs: run
     steps as CUDA graphs. row_share: how much longer a forward takes for one more position (see `marginal_cost`).
 
-    Within `execute` nothing waits for the device; the one copy to the host is the report at its end.
+    Nothing in `launch` waits for the device; the one copy to the host is that of the reports, when the flight lands.
     """
 
     def __init__(
@@ -79,26 +80,20 @@ class ModelRunner:
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[RowReport]:
-        """Admit, grant, run one forward, decide, advance. Reports come in the order of `plan.rows`."""
+    def launch(self, plan: StepPlan) -> Flight | None:
+        """Admit, grant, and have the device run one forward, decide and advance; None where the plan has no rows.
+
+        The one before must have landed.
+        """
         self._admit(plan)
         if not plan.rows:
-            return []
+            return None
         layout = self._lay_out(plan)
         packed = self.graphs.run(layout, self._state_version()) if self.graphs is not None else None
         if packed is None:
             inputs = step_inputs(to_device(layout.array, self.state.device), layout.shape)
             packed = self.step(layout.shape, inputs, layout.lengths)
-        numbers = packed.tolist()
-        reports, first = [], 0
-        for group in layout.shape.groups:
-            width = report_width(group.window)
-            size = width * (group.last - group.first)
-            reports += [
-                unpack_report(numbers[at : at + width], group.window) for at in range(first, first + size, width)
-            ]
-            first += size
-        return [reports[place] for place in layout.places]
+        return Flight(layout, packed)
 
     def step(self, shape: StepShape, inputs: StepInputs, lengths: list[int] | None = None) -> Tensor:
         """One forward and what follows from it, on the device alone. Returns the packed reports of all rows, flat.
@@ -162,18 +157,18 @@ class ModelRunner:
     ) -> Tensor:
         """Decide and advance one group; returns its packed reports, [rows, 14 + 2 W] int32."""
         strategy = self.strategies[group.strategy]
+        if strategy.biased and forward.logits is not None:
+            statistics = self._biased(strategy, group, view, span, statistics, forward)
         if self.traits.commit_opens and not strategy.frontier:
-            # Clean rows are the autoregressive model: what they say stands.
-            statistics.confidence.masked_fill_(statistics.candidates & span.opening, torch.inf)
+            stand(statistics, span.opening)
             head, logits = self.decoder.draft_head, forward.logits
-            if head is not None and logits is not None:
+            # The head's proposals know nothing of a bias.
+            if head is not None and logits is not None and not strategy.biased:
                 flags = forward.shape.flags
                 index = window_index(logits, forward.shape.rows, group.window)[group.first : group.last]
                 statistics = self.drafter.couple(
                     head, self.state, forward.hidden, logits, flags, view, statistics, span.opening, index
                 )
-        if strategy.biased and forward.logits is not None:
-            statistics = self._biased(strategy, group, view, span, statistics, forward)
         if strategy.branches and span.segments is not None and group.segments:
             statistics.segments = self._segment_statistics(strategy, group, view, span.segments, forward)
         decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
@@ -309,6 +304,18 @@ def _flags(sampling: SamplingParams, decoding: DecodingParams, strategy: Strateg
 
 def _smoothed(decoding: DecodingParams) -> bool:
     return float(decoding.values.get("smoothing", 0.0)) > 0
+
+
+def stand(statistics: WindowStatistics, opening: Tensor) -> None:
+    """What clean rows say comes first, in place: they are the autoregressive model. opening: [rows, W] bool."""
+    sure = statistics.candidates & opening
+    statistics.confidence.masked_fill_(sure, torch.inf)
+    if statistics.margin is not None:
+        statistics.margin.masked_fill_(sure, torch.inf)
+    if statistics.entropy is not None:
+        # Its own where it is the least. Not 0: what masks say was not told of it, so it counts among what is uncertain.
+        least = torch.where(statistics.candidates, statistics.entropy, torch.inf).amin(dim=1, keepdim=True)
+        statistics.entropy = torch.where(sure, least, statistics.entropy)
 
 
 def marginal_cost(rows: int, share: float) -> float:

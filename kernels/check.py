@@ -23,6 +23,7 @@ from .attention_oracle import staircase_attention_oracle
 from .backend import Backend, default_backend
 from .filters import filter_cutoff
 from .interpreter import use_interpreter
+from .low_rank import gated_low_rank
 from .norm import add_rms_norm, rms_norm, silu_and_mul
 from .philox import gumbel_noise
 from .ragged import ragged_case, sampling_case
@@ -114,6 +115,13 @@ def small_checks(device: str, quick: bool) -> Iterator[Outcome]:
         yield Outcome(f"add_rms_norm, sum, {dtype}", relative(total, x + residual), exact)
         yield Outcome(f"add_rms_norm, {dtype}", relative(normed, rms_norm(total, weight, 1e-6, False)), near)
         yield Outcome(f"silu_and_mul, {dtype}", relative(silu_and_mul(x, backend="triton"), silu_and_mul(x)), near)
+        both, up = (
+            torch.randn(tokens, hidden, device=device).to(dtype),
+            torch.randn(hidden - 64, 64, device=device).to(dtype),
+        )
+        gated = torch.rand(tokens, device=device) < 0.5
+        found, expected = (gated_low_rank(both.clone(), up, gated, backend=backend) for backend in BACKENDS)
+        yield Outcome(f"gated_low_rank, {dtype}", difference(found, expected), 64 * near)
 
         fused_heads = torch.randn(tokens, heads + 2 * kv_heads, head_dim, device=device).to(dtype)
         q, k, v = fused_heads.split([heads, kv_heads, kv_heads], dim=1)

@@ -1,1 +1,1 @@
-"""Load, soak and hostile clients, as commands that run against a server: see docs/reliability.md and docs/load.md."""
+"""Load, soak and hostile clients, as commands that run against a server: see docs/reliability.md."""

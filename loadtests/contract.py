@@ -30,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.contract", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--examples", type=int, default=100, help="of each operation and phase")
     parser.add_argument("--url", help="a running server")
-    parser.add_argument("--model", help="a folder to serve; default: a tiny model of random weights")
+    parser.add_argument("--model", help="a folder to serve, or `embedded`; default: a tiny model of random weights")
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_args()
     options = ("--dtype", "float32", "--max-model-len", "64", "--kv-memory", "4M", "--log-level", "error")

@@ -221,7 +221,7 @@ def main() -> int:
     parser.add_argument("--sockets", type=int, default=40, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url", help="a running server")
-    parser.add_argument("--model", help="a folder to serve; default: a tiny model of random weights")
+    parser.add_argument("--model", help="a folder to serve, or `embedded`; default: a tiny model of random weights")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     options = ("--dtype", "float32", "--max-model-len", "512", "--kv-memory", "4M", "--log-level", "error")

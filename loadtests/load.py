@@ -110,7 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.load", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--url", help="a running server, without /v1")
     parser.add_argument("--key", help="its API key")
-    parser.add_argument("--model", help="a folder to serve; default: a tiny model of random weights")
+    parser.add_argument("--model", help="a folder to serve, or `embedded`; default: a tiny model of random weights")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each level")
     parser.add_argument("--scenario", action="append", help="default: all")
     parser.add_argument("--levels", help="instead of the scenarios' own, with commas")

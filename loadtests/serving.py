@@ -21,6 +21,7 @@ import psutil
 from .tiny_model import write_model
 
 READY_SECONDS = 300.0
+EMBEDDED = "embedded"
 # Of this checkout, even where another Linocut is installed.
 _SERVE = "from linocut.server.cli import main; main()"
 
@@ -66,17 +67,17 @@ class Served:
 
 @contextlib.contextmanager
 def served(url: str | None = None, model: str | None = None, *options: str) -> Iterator[Served]:
-    """The server at `url`, or one of `model` (None: the tiny one) with `options`, stopped at the end.
+    """The server at `url`, or one of `model` (a folder, EMBEDDED or None: the tiny one) with `options`.
 
-    Raises RuntimeError if ours does not start, or does not end with status 0.
+    Ours is stopped at the end. Raises RuntimeError if it does not start, or does not end with status 0.
     """
     if url is not None:
         yield Served(url.rstrip("/"))
         return
     with tempfile.TemporaryDirectory(prefix="linocut-load-") as folder:
-        model = model or str(write_model(Path(folder) / "tiny"))
+        names = [] if model == EMBEDDED else [model or str(write_model(Path(folder) / "tiny"))]
         log = Path(folder) / "log"
-        server = _start([model, *options], log)
+        server = _start([*names, *options], log)
         assert server.process is not None
         try:
             yield server

@@ -224,7 +224,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url", help="a running server; memory is not looked at")
-    parser.add_argument("--model", help="a folder to serve; default: a tiny model of random weights")
+    parser.add_argument("--model", help="a folder to serve, or `embedded`; default: a tiny model of random weights")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     # Few pages, so that preemption is part of it.

@@ -47,6 +47,7 @@ KNOBS: dict[str, tuple[str, tuple[Value, ...]]] = {
     "hierarchical": ("threshold", (0.7, 0.9)),
     "credit": ("threshold", (0.7, 0.9)),
     "learned": ("filter_threshold", (0.6, 0.8)),
+    "jacobi": ("candidates", (0, 16)),
 }
 
 ORIGINAL = Setting("original", "autoregressive")

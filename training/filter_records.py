@@ -16,8 +16,9 @@ from linocut.engine.decoding.strategy import Equipment
 from linocut.engine.decoding.view import Decision, RowView, WindowStatistics
 from linocut.engine.errors import ConfigError
 from linocut.engine.family import FamilyTraits
+from linocut.engine.flight import Flight
 from linocut.engine.llm import LLM
-from linocut.engine.plan import RowReport, StepPlan
+from linocut.engine.plan import StepPlan
 
 UNKNOWN = -1
 
@@ -86,24 +87,24 @@ def collect(llm: LLM, prompts: Sequence[list[int]], texts: Sequence[list[int]]) 
     learned = core.runner.strategies[Learned.name]
     core.runner.strategies[Learned.name] = oracle
     index = {tuple(prompt): number for number, prompt in enumerate(prompts)}
-    execute = core.execute
+    launch = core.launch
 
-    def execute_prepared(plan: StepPlan) -> list[RowReport]:
+    def launch_prepared(plan: StepPlan) -> Flight | None:
         for row in plan.admissions:
             number = index[tuple(row.tokens[: row.prompt_len])]
             text = torch.tensor(texts[number], dtype=torch.int64)
             oracle.references[row.slot] = UNKNOWN
             oracle.references[row.slot, row.prompt_len : row.prompt_len + len(text)] = text.to(tokens.device)
             oracle.prompts[row.slot] = number
-        return execute(plan)
+        return launch(plan)
 
-    core.execute = execute_prepared  # type: ignore[method-assign]
+    core.launch = launch_prepared  # type: ignore[method-assign]
     try:
         longest = max(len(text) for text in texts)
         options: dict[str, Any] = {"temperature": 0.0, "diffusion": {"strategy": Learned.name}}
         answers = llm.generate([list(prompt) for prompt in prompts], max_tokens=longest, **options)
     finally:
-        core.execute = execute  # type: ignore[method-assign]
+        core.launch = launch  # type: ignore[method-assign]
         core.runner.strategies[Learned.name] = learned
     for (answer,), text in zip(answers, texts, strict=True):
         assert answer.token_ids == text, "the oracle writes the reference"

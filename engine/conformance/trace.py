@@ -66,12 +66,13 @@ def step_traced(core: EngineCore, name: str, trace: Trace, before: Callable[[Ste
     """One engine step; adds what it did to the sequence `name` to `trace`. `before` may change the rows' state."""
     plan = core.scheduler.schedule()
     if before is not None:
-        core.execute(dataclasses.replace(plan, rows=[]))
+        core.launch(dataclasses.replace(plan, rows=[]))
         before(plan)
         plan = StepPlan(rows=plan.rows)
     planned = core.scheduler.planned()
     held = {s: (s.start, _held(s)) for s in planned}
-    reports = core.execute(plan)
+    flight = core.launch(plan)
+    reports = [] if flight is None else flight.land()
     for sequence, report in zip(planned, reports, strict=True):
         if sequence.request.request_id != name:
             continue

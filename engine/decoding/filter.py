@@ -26,6 +26,9 @@ class Filter:
             raise ModelError(f"{FILE}: the shapes of w1, b1, w2 and b2 do not belong together")
         self.w1, self.b1, self.w2, self.b2 = w1, b1, w2, b2
 
+    def to(self, device: torch.device) -> Filter:
+        return Filter(*(tensor.to(device) for tensor in (self.w1, self.b1, self.w2, self.b2)))
+
     @property
     def length(self) -> int:
         return self.w1.shape[1]

@@ -12,7 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .linear import pack_linear
+from linocut.kernels.backend import Backend
+from linocut.kernels.low_rank import gated_low_rank
+
+from .linear import DenseLinear, pack_linear
 
 FILE = "adapter.safetensors"
 MASK_EMBEDDING = "model.mask_embedding"
@@ -37,10 +40,10 @@ class WeightsInParts(Weights, Protocol):
 
 
 class Gate:
-    """Which rows of a forward an adapter acts on."""
+    """Which rows of a forward an adapter acts on. flags: [tokens] bool."""
 
-    def __init__(self, noisy: Tensor, dtype: torch.dtype) -> None:
-        """noisy: [tokens] bool."""
+    def __init__(self, flags: Tensor, dtype: torch.dtype) -> None:
+        self.flags = noisy = flags
         self.rows: Tensor | slice | None = None
         self.closed = False  # on the CPU: no row is noisy
         if noisy.device.type == "cpu":
@@ -55,17 +58,26 @@ class Gate:
 
 
 class Adapter:
-    """y += up(down(x)) on the gate's rows. down: [rank, in], up: [out, rank] with the scale folded in."""
+    """base(x) + up(down(x)) on the gate's rows. down: [rank, in], up: [out, rank] with the scale folded in."""
 
-    def __init__(self, down: Tensor, up: Tensor) -> None:
+    def __init__(self, base: Linear, down: Tensor, up: Tensor, backend: Backend) -> None:
+        self.base, self._both = base, None
+        if backend == "triton" and isinstance(base, DenseLinear):
+            # One product for both, as few rows are bound by the number of kernels; the base is a part of it.
+            self._both, self._raised = DenseLinear.stacked(base, down), up
+            self.base = self._both.first(up.shape[0])
+            return
         # Never int8: matrices this small gain nothing by it, and lose to the operations around the product.
         self._down: Linear = pack_linear(down, None, "none")
         self._up: Linear = pack_linear(up, None, "none")
 
-    def add(self, y: Tensor, x: Tensor, gate: Gate) -> Tensor:
-        """x: [tokens, in], y: [tokens, out], changed in place on the CPU; the sum is returned."""
-        if gate.closed:
-            return y
+    def __call__(self, x: Tensor, gate: Gate | None) -> Tensor:
+        """[tokens, in] -> [tokens, out], rows of any stride. gate: None closes it for all rows."""
+        if gate is None or gate.closed:
+            return self.base(x)
+        if self._both is not None:
+            return gated_low_rank(self._both(x), self._raised, gate.flags, backend="triton")
+        y = self.base(x)
         if gate.rows is None:
             return y + self._up(self._down(x) * gate.factor)
         if isinstance(gate.rows, slice):
@@ -74,8 +86,9 @@ class Adapter:
         return y.index_add_(0, gate.rows, self._up(self._down(x[gate.rows])))
 
 
-def read_adapter(weights: Weights, name: str, inputs: int, outputs: int, rank: int) -> Adapter:
+def read_adapter(
+    weights: Weights, name: str, base: Linear, inputs: int, outputs: int, rank: int, backend: Backend
+) -> Adapter:
     """The adapter of the packed projection `name` (model.layers.N.self_attn.qkv_proj, ...). Raises ModelError."""
-    return Adapter(
-        weights.get(f"{name}.adapter.down", (rank, inputs)), weights.get(f"{name}.adapter.up", (outputs, rank))
-    )
+    down = weights.get(f"{name}.adapter.down", (rank, inputs))
+    return Adapter(base, down, weights.get(f"{name}.adapter.up", (outputs, rank)), backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,29 +26,20 @@ from .moe import MoeMlp
 from .names import NamedWeights
 
 Linear = Callable[[Tensor], Tensor]
+Projection = Linear | Adapter
 
 
 @dataclass
 class Layer:
     input_norm: Tensor
-    qkv: Linear
+    qkv: Projection
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: Linear
+    output: Projection
     post_norm: Tensor
-    gate_up: Linear | None
-    down: Linear | None
+    gate_up: Projection | None
+    down: Projection | None
     moe: MoeMlp | None = None
-    adapters: LayerAdapters | None = None
-
-
-@final
-@dataclass
-class LayerAdapters:
-    qkv: Adapter
-    output: Adapter
-    gate_up: Adapter
-    down: Adapter
 
 
 @dataclass
@@ -137,35 +128,28 @@ class Decoder:
             biases = [parts.get(f"{name}.bias", (rows,)) for name, rows in names] if bias else None
             return pack_linear(weight, torch.cat(biases) if biases else None, quantization)
 
-        def adapters(at: str) -> LayerAdapters:
-            def adapter(name: str, inputs: int, outputs: int) -> Adapter:
-                return read_adapter(parts, at + name, inputs, outputs, adapter_rank)
-
-            return LayerAdapters(
-                qkv=adapter("self_attn.qkv_proj", b.hidden, q_size + 2 * kv_size),
-                output=adapter("self_attn.o_proj", q_size, b.hidden),
-                gate_up=adapter("mlp.gate_up_proj", b.hidden, 2 * b.intermediate),
-                down=adapter("mlp.down_proj", b.intermediate, b.hidden),
-            )
+        def projection(at: str, names: list[tuple[str, int]], inputs: int, bias: bool) -> Projection:
+            base, outputs = linear(names, inputs, bias), sum(rows for _, rows in names)
+            return read_adapter(parts, at, base, inputs, outputs, adapter_rank, backend) if adapter_rank else base
 
         self.layers = []
         for index in range(b.layers):
             at = f"model.layers.{index}."
             qkv = [(f"{at}self_attn.{n}_proj", size) for n, size in (("q", q_size), ("k", kv_size), ("v", kv_size))]
             gate_up = [(f"{at}mlp.{n}_proj", b.intermediate) for n in ("gate", "up")]
+            output, down = f"{at}self_attn.o_proj", f"{at}mlp.down_proj"
             sparse = b.experts if b.experts is not None and b.experts.at(index) else None
             self.layers.append(
                 Layer(
                     input_norm=parts.get(f"{at}input_layernorm.weight", (b.hidden,)),
-                    qkv=linear(qkv, b.hidden, b.qkv_bias),
+                    qkv=projection(f"{at}self_attn.qkv_proj", qkv, b.hidden, b.qkv_bias),
                     q_norm=parts.get(f"{at}self_attn.q_norm.weight", (b.head_dim,)) if b.qk_norm else None,
                     k_norm=parts.get(f"{at}self_attn.k_norm.weight", (b.head_dim,)) if b.qk_norm else None,
-                    output=linear([(f"{at}self_attn.o_proj", b.hidden)], q_size, b.o_bias),
+                    output=projection(output, [(output, b.hidden)], q_size, b.o_bias),
                     post_norm=parts.get(f"{at}post_attention_layernorm.weight", (b.hidden,)),
-                    gate_up=None if sparse else linear(gate_up, b.hidden, b.mlp_bias),
-                    down=None if sparse else linear([(f"{at}mlp.down_proj", b.hidden)], b.intermediate, b.mlp_bias),
+                    gate_up=None if sparse else projection(f"{at}mlp.gate_up_proj", gate_up, b.hidden, b.mlp_bias),
+                    down=None if sparse else projection(down, [(down, b.hidden)], b.intermediate, b.mlp_bias),
                     moe=MoeMlp(parts, f"{at}mlp.", b.hidden, sparse, quantization, backend) if sparse else None,
-                    adapters=adapters(at) if adapter_rank else None,
                 )
             )
 
@@ -186,7 +170,7 @@ class Decoder:
         last layer's hidden states before the final norm, [tokens, hidden].
         """
         b = self.part
-        gate = Gate(noisy, self.dtype) if noisy is not None and self.layers[0].adapters is not None else None
+        gate = Gate(noisy, self.dtype) if noisy is not None and isinstance(self.layers[0].qkv, Adapter) else None
         sizes = [b.heads, b.kv_heads, b.kv_heads]
         residual = self.share.embed(ids, self.embedding)
         if noisy is not None and self.mask_embedding is not None:
@@ -197,8 +181,7 @@ class Decoder:
             residual = residual + added
         x = rms_norm(residual, self.layers[0].input_norm, b.norm_eps, self.fused_norm, backend=self.backend)
         for index, layer in enumerate(self.layers):
-            adapters = layer.adapters if gate is not None else None
-            qkv = _adapted(layer.qkv(x), x, adapters and adapters.qkv, gate).view(-1, sum(sizes), b.head_dim)
+            qkv = _project(layer.qkv, x, gate).view(-1, sum(sizes), b.head_dim)
             q, k, v = qkv.split(sizes, dim=1)  # [tokens, heads | kv_heads, head_dim], views
             if layer.q_norm is not None and layer.k_norm is not None:
                 q = rms_norm(q, layer.q_norm, b.norm_eps, self.fused_norm, backend=self.backend)
@@ -209,12 +192,11 @@ class Decoder:
                 q = q * self.query_scale.index_select(0, positions)
             attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend)
             attended = attended.reshape(attended.shape[0], -1)
-            x = self.ranks.sum(_adapted(layer.output(attended), attended, adapters and adapters.output, gate))
+            x = self.ranks.sum(_project(layer.output, attended, gate))
             x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
             if layer.gate_up is not None and layer.down is not None:
-                up = _adapted(layer.gate_up(x), x, adapters and adapters.gate_up, gate)
-                gated = silu_and_mul(up, backend=self.backend)
-                x = self.ranks.sum(_adapted(layer.down(gated), gated, adapters and adapters.down, gate))
+                gated = silu_and_mul(_project(layer.gate_up, x, gate), backend=self.backend)
+                x = self.ranks.sum(_project(layer.down, gated, gate))
             elif layer.moe is not None:
                 x = self.ranks.sum(layer.moe(x))
             if index + 1 < len(self.layers):
@@ -235,5 +217,5 @@ class Decoder:
         return rms_norm(hidden, self.norm, self.backbone.norm_eps, self.fused_norm, backend=self.backend)
 
 
-def _adapted(y: Tensor, x: Tensor, adapter: Adapter | None, gate: Gate | None) -> Tensor:
-    return y if adapter is None or gate is None else adapter.add(y, x, gate)
+def _project(projection: Projection, x: Tensor, gate: Gate | None) -> Tensor:
+    return projection(x, gate) if isinstance(projection, Adapter) else projection(x)

@@ -63,6 +63,16 @@ class DenseLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self._weight, self._bias)
 
+    @classmethod
+    def stacked(cls, above: DenseLinear, below: Tensor) -> DenseLinear:
+        """One product for two: the outputs of `above`, then those of the matrix `below` ([rows, in], no bias)."""
+        bias = None if above._bias is None else pad(above._bias, (0, below.shape[0]))
+        return cls(torch.cat([above._weight, below]), bias)
+
+    def first(self, rows: int) -> DenseLinear:
+        """The first `rows` outputs alone; shares the weights."""
+        return DenseLinear(self._weight[:rows], None if self._bias is None else self._bias[:rows])
+
 
 class HalfLinear:
     """float32 arithmetic on weights kept in float16, for weights that lose nothing by it (`fits_float16`).

@@ -14,10 +14,11 @@ import zmq
 from ..config import EngineConfig
 from ..core import EngineCore
 from ..errors import EngineDead
+from ..flight import Flight
 from ..loading import load_model, read_config
 from ..machine import choose_device
 from ..models.backbone import backbone_from_config
-from ..plan import RowReport, StepPlan
+from ..plan import StepPlan
 from .crew import Crew
 from .ranks import Ranks
 from .split import check_split
@@ -61,8 +62,9 @@ def follow(ranks: Ranks, config: EngineConfig, endpoints: list[str]) -> None:
         runner = load_model(config, ranks).runner
         decode = msgspec.msgpack.Decoder(StepPlan).decode
         while message := inbox.recv():
-            # The reports are those of rank 0.
-            runner.execute(decode(message))
+            flight = runner.launch(decode(message))
+            if flight is not None:
+                flight.land()  # the reports that count are those of rank 0
 
 
 class ParallelCore(EngineCore):
@@ -80,10 +82,10 @@ class ParallelCore(EngineCore):
             self._crew.close()
             raise
 
-    def execute(self, plan: StepPlan) -> list[RowReport]:
+    def launch(self, plan: StepPlan) -> Flight | None:
         self._crew.send(plan)
         try:
-            return super().execute(plan)
+            return super().launch(plan)
         except Exception as error:
             # The others may have gone on, out of memory though this one was: nothing can be tried again.
             raise EngineDead(f"a forward of {self._crew.ranks.size} ranks failed: {error}") from error

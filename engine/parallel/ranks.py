@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renames it.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Ranks:
     """This process is `rank` of `size`, of torch.distributed's default group.
@@ -18,8 +21,9 @@ class Ranks:
         self.rank, self.size = rank, size
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, in the place of contiguous `x`."""
+        """The sum over the ranks, contiguous; in the place of `x` where that is."""
         if self.size > 1:
+            x = x.contiguous()
             dist.all_reduce(x)
         return x
 
@@ -29,7 +33,7 @@ class Ranks:
             return x[None]
         # One concatenated output: gloo has no other form of it.
         found = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(found, x.contiguous())
+        _gather(found, x.contiguous())
         return found.view(self.size, *x.shape)
 
     def least(self, value: int) -> int:

@@ -7,7 +7,8 @@ from dense_oracle import dense_forward
 from tiny_engines import BLOCK, CONFIGS, GOLDEN, cached_kv
 
 from linocut.engine.core import EngineCore
-from linocut.engine.plan import RowReport, StepPlan
+from linocut.engine.flight import Flight
+from linocut.engine.plan import StepPlan
 
 
 class KVCheck:
@@ -37,11 +38,11 @@ class KVCheck:
 def recorded(core: EngineCore) -> list[StepPlan]:
     """The list that `core` adds every plan to from now on."""
     plans: list[StepPlan] = []
-    execute = core.execute
+    launch = core.launch
 
-    def execute_and_note(plan: StepPlan) -> list[RowReport]:
+    def launch_and_note(plan: StepPlan) -> Flight | None:
         plans.append(plan)
-        return execute(plan)
+        return launch(plan)
 
-    core.execute = execute_and_note  # type: ignore[method-assign]
+    core.launch = launch_and_note  # type: ignore[method-assign]
     return plans

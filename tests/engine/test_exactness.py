@@ -23,8 +23,9 @@ from tiny_engines import (
 )
 
 from linocut.engine.core import EngineCore
+from linocut.engine.flight import Flight
 from linocut.engine.messages import Abort
-from linocut.engine.plan import RowPlan, RowReport, StepPlan
+from linocut.engine.plan import RowPlan, StepPlan
 
 # The least token budget: the widest row.
 WIDEST = {"fast_dllm_v2": 64, "sdar": 8, "sdar16": 32, "causal": 31}
@@ -114,21 +115,38 @@ def test_with_preemptions_forced_by_a_tiny_pool(family: str, caching: bool) -> N
 
 
 @families
+@pytest.mark.parametrize("tight", [False, True])
+def test_with_the_next_forward_under_way_while_the_last_ones_results_are_told(family: str, tight: bool) -> None:
+    """As on a GPU; also while strangers leave in between, and where pages run out."""
+    pages = -(-(160 + BLOCK[family]) // 8)
+    core = engine(family, **({"max_model_len": 160, "pages": pages, "page_size": 8} if tight else {}))
+    core.overlapping = True
+    doomed = strangers(core, family)
+    for message in doomed:
+        core.add(message)
+    for message in doomed:
+        core.step()
+        assert core.scheduler.planned() or not core.busy, "a forward is under way between two steps"
+        core.abort(Abort(request_id=message.request_id))
+    assert_as_alone(run(core, mixed_requests(core, family)), family)
+
+
+@families
 def test_with_plans_that_reserve_more_than_the_rows_turn_out_to_need(family: str) -> None:
     """The host may plan a step before it has seen the last one's outcome, for the worst case."""
     core = engine(family, prefix_caching=False)
-    execute = core.execute
+    launch = core.launch
 
-    def execute_with_reserve(plan: StepPlan) -> list[RowReport]:
+    def launch_with_reserve(plan: StepPlan) -> Flight | None:
         def widened(index: int, row: RowPlan) -> RowPlan:
             if not row.targets:
                 return row
             targets = max(row.targets, min(row.targets + index % 3, BLOCK[family]))
             return msgspec.structs.replace(row, width=row.width + index % 4, targets=targets)
 
-        return execute(replace(plan, rows=[widened(index, row) for index, row in enumerate(plan.rows)]))
+        return launch(replace(plan, rows=[widened(index, row) for index, row in enumerate(plan.rows)]))
 
-    core.execute = execute_with_reserve  # type: ignore[method-assign]
+    core.launch = launch_with_reserve  # type: ignore[method-assign]
     check = KVCheck(family, every=15)
     assert_as_alone(run(core, mixed_requests(core, family), observe=check), family)
     assert check.rows > 0

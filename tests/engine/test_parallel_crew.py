@@ -125,7 +125,7 @@ def test_a_failed_forward_is_the_end_and_never_tried_again() -> None:
     """Even where one rank runs out of memory and would fit a smaller one: the others are elsewhere by then."""
 
     class Runner:
-        def execute(self, plan: StepPlan) -> None:
+        def launch(self, plan: StepPlan) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     class Told:
@@ -138,7 +138,7 @@ def test_a_failed_forward_is_the_end_and_never_tried_again() -> None:
     core: Any = object.__new__(ParallelCore)
     core.runner, core._crew = Runner(), Told()
     with pytest.raises(EngineDead, match="out of memory") as caught:
-        core.execute(StepPlan())
+        core.launch(StepPlan())
     assert not is_out_of_memory(caught.value)
     assert len(core._crew.plans) == 1
 

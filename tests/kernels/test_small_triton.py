@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from linocut.kernels.low_rank import gated_low_rank
 from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
 from linocut.kernels.rope import rope_and_cache_write, rope_table
 
@@ -74,3 +75,21 @@ def test_rope_and_cache_write(dtype, heads, kv_heads, rotary_dim, index, precise
     found = rope_and_cache_write(q, k, v, table, positions, slots, *caches, backend="triton")
     close(found, expected)
     close(caches, expected_caches)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "out", "rank"), [(1, 40, 4), (19, 100, 16), (70, 257, 64), (0, 16, 8)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_gated_low_rank(dtype, tokens, out, rank, share):
+    both, up = torch.randn(tokens, out + rank + 3).to(dtype)[:, : out + rank], torch.randn(out, rank).to(dtype)
+    rows = torch.rand(tokens) < share
+    wide = both.double()
+    want = wide[:, :out] + (wide[:, out:] @ up.double().T) * rows[:, None]
+    for backend in ("triton", "torch"):
+        given = both.clone()
+        found = gated_low_rank(given, up, rows, backend=backend)
+        assert found.data_ptr() == given.data_ptr()
+        atol = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 0.2}[dtype]
+        torch.testing.assert_close(found.double(), want, rtol=4 * torch.finfo(dtype).eps, atol=atol)
+        assert torch.equal(found[~rows], both[:, :out][~rows]), "other rows keep every bit"
+        assert torch.equal(given[:, out:], both[:, out:])

@@ -13,7 +13,7 @@ from running_server import RunningServer
 from linocut.engine.messages import EngineStats
 from linocut.server.watchdog import SLOWEST_FACTOR, WARM_UP_FACTOR, WARM_UP_FORWARDS, Watchdog
 
-BUSY = EngineStats(running=1, forwards=WARM_UP_FORWARDS)
+BUSY = EngineStats(running=1, forwards_by_kind={"denoise": WARM_UP_FORWARDS})
 
 
 def warm(patience: float = 10.0) -> Watchdog:
@@ -34,12 +34,15 @@ def test_a_step_ends_the_silence():
     watchdog = warm()
     for forwards in range(100, 110):
         watchdog.wait(9.0)
-        watchdog.hear(EngineStats(running=1, forwards=forwards))
+        watchdog.hear(EngineStats(running=1, forwards_by_kind={"denoise": forwards}))
     assert not watchdog.stalled
 
 
 def test_messages_without_a_step_do_not_end_it_while_there_is_work():
-    for waiting in (EngineStats(running=1, forwards=64), EngineStats(waiting=1, forwards=64)):
+    for waiting in (
+        EngineStats(running=1, forwards_by_kind={"denoise": 64}),
+        EngineStats(waiting=1, forwards_by_kind={"denoise": 64}),
+    ):
         watchdog = warm()
         for _ in range(11):
             watchdog.wait(1.0)
@@ -51,13 +54,13 @@ def test_an_idle_engine_may_stay_idle():
     watchdog = warm()
     for _ in range(100):
         watchdog.wait(1.0)
-        watchdog.hear(EngineStats(forwards=64))
+        watchdog.hear(EngineStats(forwards_by_kind={"denoise": 64}))
     assert not watchdog.stalled
 
 
 def test_the_first_forwards_may_compile():
     watchdog = Watchdog(10.0)
-    watchdog.hear(EngineStats(running=1, forwards=WARM_UP_FORWARDS - 1))
+    watchdog.hear(EngineStats(running=1, forwards_by_kind={"denoise": WARM_UP_FORWARDS - 1}))
     watchdog.wait(10.0 * WARM_UP_FACTOR)
     assert not watchdog.stalled
     watchdog.wait(0.1)
