@@ -76,7 +76,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
     calls this at the same time.
     """
     if config.tensor_parallel_size != ranks.size:
-        raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size}: this loads a model of {ranks.size}")
+        raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size} where {ranks.size} load the model")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = Path(config.model)

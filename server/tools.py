@@ -62,6 +62,7 @@ def bench(
     sequences: Annotated[str, typer.Option(help="With --shape: sequences of a forward.")] = "1,8,64",
     contexts: Annotated[str, typer.Option(help="With --shape: cached positions of each.")] = "1024",
     steps: Annotated[int, typer.Option(help="With --shape: steps timed; at most the block's length.")] = 20,
+    tensor_parallel_size: Annotated[int, typer.Option(help="With --shape: GPUs that hold the model together.")] = 1,
     dtype: str = "auto",
     device: str = "auto",
     quantization: str = "none",
@@ -77,6 +78,7 @@ def bench(
     from linocut.engine.models.source import resolve_model
 
     fields = {"dtype": dtype, "device": device, "quantization": quantization, "block_size": block_size}
+    fields |= {"tensor_parallel_size": tensor_parallel_size}
     try:
         config = msgspec.convert({"model": "", **fields}, EngineConfig)
     except msgspec.ValidationError as error:

@@ -95,9 +95,9 @@ def _timed_step(core: EngineCore) -> tuple[float, float | None]:
 
 
 def weight_floor_ms(core: EngineCore, bytes_per_second: float) -> float:
-    """Milliseconds that reading every weight once takes, at a measured memory bandwidth."""
+    """Milliseconds that each rank takes to read its weights once, at a measured memory bandwidth."""
     decoder = core.runner.decoder
-    return decoder.backbone.parameters * decoder.dtype.itemsize / bytes_per_second * 1e3
+    return decoder.backbone.parameters * decoder.dtype.itemsize / decoder.ranks.size / bytes_per_second * 1e3
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ..config import EngineConfig
 from ..core import EngineCore
+from ..cores import load_core
 from ..errors import ConfigError
 from ..loading import load_model
 from ..params import ParameterValue
@@ -135,7 +136,8 @@ def bench_shape(
     """Denoise forwards of a published shape with random weights, beside the time to read its weights once."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_shape(shape, Path(folder))
-        core = EngineCore(load_model(msgspec.structs.replace(config, model=str(path), random_weights=True)))
+        core = load_core(msgspec.structs.replace(config, model=str(path), random_weights=True))
+    assert isinstance(core, EngineCore)
     bandwidth = copy_bandwidth(core.runner.state.device)
     floor = weight_floor_ms(core, bandwidth)
     headings = ("sequences", "block", "context", "rows", "step ms", "device", "floor", "ratio")
@@ -155,7 +157,10 @@ def bench_shape(
                 ratio,
             )
     console.print(table)
-    return {"machine": machine(), "shape": shape, "copy_GBps": bandwidth / 1e9, "denoise": rows}
+    core.close()
+    gpus = config.tensor_parallel_size
+    numbers = {"tensor_parallel_size": gpus, "copy_GBps": bandwidth / 1e9, "denoise": rows}
+    return {"machine": machine(), "shape": shape, **numbers}
 
 
 def write_json(result: dict[str, Any], path: Path | None) -> None:
