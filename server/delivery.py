@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from .answer import Delta
-from .api_errors import as_api_error
+from .api_errors import as_api_error, error_response
 from .generation import Generation
 from .json_response import encode, json_response
 from .metrics import Metrics
@@ -91,7 +91,11 @@ async def _collect(generation: Generation, form: Format) -> dict[str, Any]:
 
 
 class EventStream(Response):
-    """Server-sent events of one generation; a comment after `keep_alive` seconds of silence."""
+    """Server-sent events of one generation; a comment after `keep_alive` seconds of silence.
+
+    The status goes out with the first event. What fails before is answered with a status of its own, and a balancer may
+    still ask another server.
+    """
 
     media_type = "text/event-stream"
 
@@ -102,11 +106,14 @@ class EventStream(Response):
         self._format = form
         self._call = call
         self._keep_alive = keep_alive
+        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         failure: BaseException | None = None
         try:
             failure = await _unless_disconnected(receive, self._run(send))
+            if failure is not None and not self._started:
+                await error_response(failure)(scope, receive, send)
         except BaseException as error:
             failure = error
             raise
@@ -114,15 +121,16 @@ class EventStream(Response):
             self._call.end(failure)
 
     async def _run(self, send: Send) -> Exception | None:
-        """Send all events; what fails after the first byte becomes an event, and is returned."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        """Send all events; what fails is returned, and is an event if it is not the first."""
         failure: Exception | None = None
         try:
             await self._send_deltas(send)
         except Exception as error:
             failure = error
-            await _send_piece(send, _event(as_api_error(error).body()))
-        await _send_piece(send, b"data: [DONE]\n\n", more=False)
+            if not self._started:
+                return failure
+            await self._send(send, _event(as_api_error(error).body()))
+        await self._send(send, b"data: [DONE]\n\n", more=False)
         return failure
 
     async def _send_deltas(self, send: Send) -> None:
@@ -132,23 +140,25 @@ class EventStream(Response):
             deltas = await self._generation.advance(timeout=max(sent + self._keep_alive - loop.time(), 0.0))
             events = b"".join(_event(chunk) for delta in deltas for chunk in self._format.chunks(delta))
             if events:
-                await _send_piece(send, events)
+                await self._send(send, events)
             elif loop.time() - sent >= self._keep_alive:
-                await _send_piece(send, b": keep-alive\n\n")
+                await self._send(send, b": keep-alive\n\n")
             else:
                 continue
             sent = loop.time()
         usage = self._format.usage_chunk()
         if usage is not None:
-            await _send_piece(send, _event(usage))
+            await self._send(send, _event(usage))
+
+    async def _send(self, send: Send, piece: bytes, more: bool = True) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
 def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + encode(content) + b"\n\n"
-
-
-def _send_piece(send: Send, piece: bytes, more: bool = True) -> Awaitable[None]:
-    return send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -162,7 +162,7 @@ def test_branches_alone_are_no_work_for_the_adapter(tmp_path: Path) -> None:
     forward, seen = core.runner.decoder.forward, []
 
     def watched(*arguments: Any) -> torch.Tensor:
-        seen.append((arguments[-1] is None, arguments[-2].scratch_start is not None))
+        seen.append((arguments[5] is None, arguments[4].scratch_start is not None))
         return forward(*arguments)
 
     core.runner.decoder.forward = watched  # type: ignore[method-assign]

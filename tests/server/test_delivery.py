@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -230,8 +231,28 @@ def test_shutdown_lets_requests_finish(tokenizer, answering):
         assert server.join() == 0
 
 
-def test_shutdown_has_a_deadline(tokenizer):
+@pytest.mark.parametrize("last_words", [None, "out of memory"])
+def test_a_stream_that_has_not_begun_fails_with_a_status(tokenizer, last_words):
+    """So that a balancer asks another server."""
     engine = FakeEngine(silence)
+    with RunningServer(engine, tokenizer) as server, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.http.post, URL, json={"messages": USER, "stream": True})
+        assert engine.wait_for(lambda engine: engine.adds)
+        engine.die(last_words)
+        assert answer.result().status_code == 503
+        assert answer.result().json()["error"]["code"] == "engine_dead"
+        assert answer.result().headers["content-type"] == "application/json"
+
+
+def test_a_choice_that_fails_at_once_fails_its_stream_with_a_status(server):
+    server.engine.script = lambda request, choice: [Step([], "error", error="out of luck")]
+    answer = server.http.post(URL, json={"messages": USER, "stream": True})
+    assert answer.status_code == 500
+    assert "out of luck" in answer.json()["error"]["message"]
+
+
+def test_shutdown_has_a_deadline(tokenizer, ids):
+    engine = FakeEngine(lambda request, choice: [Step(ids("Hello"))])
     with RunningServer(engine, tokenizer, shutdown_seconds=0.2) as server:
         with server.http.stream("POST", URL, json={"messages": USER, "stream": True}) as response:
             server.stop()

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_engine import FakeEngine, say, silence
+from fake_engine import FakeEngine, Step, say
 from running_server import RunningServer
 
 from linocut.engine.errors import ConfigError
@@ -211,7 +211,7 @@ def test_a_server_lets_holders_in_within_their_limits(file):
         assert refusal.json()["error"]["code"] == "rate_limit_exceeded"
         assert 1 <= int(refusal.headers["retry-after"]) <= 30
         assert "linocut_rate_limited_total" in server.http.get("/metrics").text
-        assert server.service.metrics.rate_limited._value.get() == 2
+        assert server.service.metrics._of["rate_limited"]._value.get() == 2
 
 
 def test_tokens_of_answers_are_charged(file):
@@ -227,7 +227,7 @@ def test_tokens_of_answers_are_charged(file):
 
 def test_a_place_is_free_again_when_a_client_hangs_up(file):
     file.write_text('[alice]\nkey = "secret-of-alice"\nconcurrent_requests = 1\n')
-    with RunningServer(FakeEngine(silence), None, api_key_file=file) as server:
+    with RunningServer(FakeEngine(lambda request, choice: [Step([5])]), None, api_key_file=file) as server:
         headers = as_holder("secret-of-alice")
         with server.http.stream("POST", URL, json={**BODY, "stream": True}, headers=headers) as response:
             assert response.status_code == 200

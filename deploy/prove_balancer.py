@@ -1,0 +1,321 @@
+"""Two real servers behind a balancer, killed and drained under load: `python deploy/prove_balancer.py [nginx]`.
+
+    apt-get install haproxy nginx
+
+Runs balancer/haproxy.cfg (or balancer/nginx.conf) as it is shipped, but for the addresses, in front of two
+`linocut serve` with the embedded model. Clients ask without a pause, half of them for streams, while
+
+    nothing happens, a server is killed, an engine is killed, a server is told to stop (SIGTERM).
+
+No request may be lost that no byte of an answer had come for; a stream that had begun ends whole or by an error that
+the client notices; SIGTERM breaks nothing. The counts go to standard output; the status is 1 if one of these fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from prove_load import QUESTIONS, free_port, process, wait_for
+
+HERE = Path(__file__).parent.resolve()
+FILES = {"haproxy": HERE / "balancer" / "haproxy.cfg", "nginx": HERE / "balancer" / "nginx.conf"}
+SERVER = ["--max-running", "4", "--threads", "1", "--dtype", "float32", "--kv-memory", "256M"]
+SERVER += ["--drain-seconds", "3", "--shutdown-seconds", "90", "--log-level", "warning"]
+SYSTEM = "You are a patient assistant who answers in short and friendly sentences, and who never makes things up. "
+SECONDS, CLIENTS, CONVERSATIONS = 30, 12, 8
+LEFT = 0.04  # share of clients that hang up
+COLUMNS = ("asked", "streams", "whole", "cut", "left", "lost", "truncated", "waiting", "streaming", "again")
+
+
+@dataclass
+class Server:
+    """One replica: its process, started again on the same port."""
+
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        run = "from linocut.server.cli import main; main()"
+        command = [sys.executable, "-c", run, "serve", *SERVER, "--port", str(self.port)]
+        with self.log.open("ab") as sink:
+            environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+            self.process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
+        wait_for(f"http://127.0.0.1:{self.port}/ready", self.process, 600)
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill_engine(self) -> None:
+        assert self.process is not None
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        max(children, key=lambda child: child.memory_info().rss).kill()
+
+    def idle(self) -> str:
+        """What it still holds when nobody asks; empty if nothing."""
+        deadline = time.monotonic() + 30
+        while True:
+            text = httpx.get(f"http://127.0.0.1:{self.port}/metrics", timeout=30).text
+            found = {name: float(value) for name, value in re.findall(r"^(\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)}
+            flying = found["linocut_choices_in_flight"] + found["linocut_num_requests_running"]
+            held = found["linocut_kv_pages"] - found["linocut_kv_pages_free"] - found["linocut_kv_pages_cached"]
+            if flying == held == 0:
+                return ""
+            if time.monotonic() > deadline:
+                return f"{flying:.0f} choices and {held:.0f} pages at port {self.port}"
+            time.sleep(0.2)
+
+
+@dataclass
+class Call:
+    """One request. Times are monotonic seconds; started: when the answer's headers came.
+
+    outcome: whole; cut: it began and ended by an error; lost: failed without having begun; truncated: it began and
+    ended without either; left: the client hung up.
+    """
+
+    conversation: int
+    stream: bool
+    began: float
+    started: float | None = None
+    ended: float = 0.0
+    outcome: str = "truncated"
+    detail: str = ""
+    replica: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass
+class Load:
+    """Clients that ask one question after the other, for as long as `going`."""
+
+    url: str
+    chance: random.Random
+    going: bool = True
+    calls: list[Call] = field(default_factory=list)
+
+    async def run(self, during: Callable[[], None], seconds: float) -> float:
+        """Ask for `seconds`, with `during` called at a third of them; then wait for what runs. Returns that moment."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=4)
+        async with httpx.AsyncClient(base_url=self.url, timeout=300, limits=limits) as http:
+            clients = [asyncio.ensure_future(self._client(http)) for _ in range(CLIENTS)]
+            await asyncio.sleep(seconds / 3)
+            moment = time.monotonic()
+            during()
+            await asyncio.sleep(2 * seconds / 3)
+            self.going = False
+            await asyncio.gather(*clients)
+        return moment
+
+    async def _client(self, http: httpx.AsyncClient) -> None:
+        while self.going:
+            call = Call(self.chance.randrange(CONVERSATIONS), self.chance.random() < 0.5, time.monotonic())
+            self.calls.append(call)
+            try:
+                await self._ask(http, call, self.chance.random() < LEFT)
+            except httpx.HTTPError as error:
+                call.outcome, call.detail = "lost" if call.started is None else "cut", repr(error)
+            call.ended = time.monotonic()
+
+    async def _ask(self, http: httpx.AsyncClient, call: Call, leaves: bool) -> None:
+        body = {
+            "messages": [
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": f"My name is Client {call.conversation}. {QUESTIONS[0]}"},
+                {"role": "assistant", "content": "It is Paris."},
+                {"role": "user", "content": self.chance.choice(QUESTIONS)},
+            ],
+            "max_tokens": self.chance.choice([8, 16, 32]),
+            "temperature": self.chance.choice([0.0, 0.7]),
+            "stream": call.stream,
+        } | ({"stream_options": {"include_usage": True}} if call.stream else {})
+        async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            call.replica = response.headers.get("X-Replica", "")
+            if response.status_code != 200:
+                await response.aread()
+                call.outcome, call.detail = "lost", f"{response.status_code} {response.text[:200]}"
+                return
+            call.started = time.monotonic()
+            if leaves:
+                call.outcome = "left"
+                return
+            if call.stream:
+                await _read_stream(response, call)
+            else:
+                _take_usage(json.loads(await response.aread()), call)
+                call.outcome = "whole"
+
+
+async def _read_stream(response: httpx.Response, call: Call) -> None:
+    finished = False
+    async for line in response.aiter_lines():
+        if line == "data: [DONE]":
+            if finished and not call.detail:
+                call.outcome = "whole"
+        elif line.startswith("data: "):
+            event = json.loads(line[6:])
+            if "error" in event:
+                call.outcome, call.detail = "cut", str(event["error"])
+            else:
+                finished |= any(choice.get("finish_reason") for choice in event["choices"])
+                _take_usage(event, call)
+
+
+def _take_usage(content: dict[str, Any], call: Call) -> None:
+    if usage := content.get("usage"):
+        call.prompt_tokens = usage["prompt_tokens"]
+        call.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+
+
+@contextlib.contextmanager
+def balancer(kind: str, ports: list[int], port: int, metrics_port: int, folder: Path) -> Iterator[None]:
+    """The shipped configuration with these addresses."""
+    text = FILES[kind].read_text()
+    for name, to in (
+        ("linocut-1:8000", f"127.0.0.1:{ports[0]}"),
+        ("linocut-2:8000", f"127.0.0.1:{ports[1]}"),
+        (":8080" if kind == "haproxy" else " 8080", f"{'' if kind == 'haproxy' else ' '}127.0.0.1:{port}"),
+        ("127.0.0.1:8404", f"127.0.0.1:{metrics_port}"),
+    ):
+        text = text.replace(name, to)
+    file = folder / FILES[kind].name
+    file.write_text(text)
+    program = shutil.which(kind, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        sys.exit(f"no {kind} here (Debian: {kind})")
+    arguments = {
+        "haproxy": ["-db", "-f", str(file)],
+        "nginx": ["-p", str(folder), "-c", str(file), "-g", f"daemon off; pid {folder}/nginx.pid;"],
+    }
+    with process([program, *arguments[kind]], folder / f"{kind}.log", dict(os.environ)) as running:
+        wait_for(f"http://127.0.0.1:{port}/ready", running, 30)
+        yield
+
+
+def asked_again(kind: str, metrics_port: int, calls: list[Call]) -> int:
+    """Requests that the balancer has sent once more: since its start by HAProxy's own count, of `calls` by nginx."""
+    if kind == "nginx":
+        return sum("," in call.replica for call in calls)
+    text = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=30).text
+    found = re.findall(r'^haproxy_backend_(?:retry|redispatch)_warnings_total\{proxy="replicas"\} (\S+)$', text, re.M)
+    return int(sum(map(float, found)))
+
+
+def count(calls: list[Call], moment: float) -> Counter[str]:
+    """Outcomes; and at `moment`: how many had not begun, how many streamed."""
+    counts = Counter(call.outcome for call in calls)
+    counts["asked"], counts["streams"] = len(calls), sum(call.stream for call in calls)
+    running = [call for call in calls if call.began < moment < call.ended]
+    counts["streaming"] = sum(call.started is not None and call.started <= moment for call in running)
+    counts["waiting"] = len(running) - counts["streaming"]
+    return counts
+
+
+def affinity(calls: list[Call]) -> str:
+    """How far conversations kept to one replica, and what they found in its cache."""
+    whole = [call for call in calls if call.outcome == "whole"]
+    kept = 0
+    for number in range(CONVERSATIONS):
+        replicas = Counter(call.replica for call in whole if call.conversation == number)
+        kept += max(replicas.values(), default=0)
+    spread = Counter(call.replica for call in whole)
+    tokens, cached = sum(call.prompt_tokens for call in whole), sum(call.cached_tokens for call in whole)
+    return (
+        f"{kept} of {len(whole)} requests went to their conversation's usual replica, "
+        f"{cached / max(tokens, 1):.0%} of prompt tokens came from its cache; requests by replica: "
+        + ", ".join(str(number) for number in sorted(spread.values()))
+    )
+
+
+def prove(kind: str, seconds: float, folder: Path) -> Iterator[str]:
+    """Run it all and print the table; yields what must not be."""
+    chance = random.Random(5)
+    one, two = servers = [Server(free_port(), folder / f"server-{number}.log") for number in (1, 2)]
+    events: dict[str, tuple[Server | None, Callable[[], None]]] = {
+        "nothing": (None, lambda: None),
+        "SIGKILL of a server": (one, lambda: one.send(signal.SIGKILL)),
+        "SIGKILL of an engine": (two, two.kill_engine),
+        "SIGTERM of a server": (one, lambda: one.send(signal.SIGTERM)),
+    }
+    port, metrics_port = free_port(), free_port()
+    try:
+        for server in servers:
+            server.start()
+        with balancer(kind, [one.port, two.port], port, metrics_port, folder):
+            print("| event |", " | ".join(COLUMNS), "|")
+            print("|---" * (1 + len(COLUMNS)) + "|", flush=True)
+            before = asked_again(kind, metrics_port, [])
+            for event, (victim, during) in events.items():
+                load = Load(f"http://127.0.0.1:{port}", chance)
+                moment = asyncio.run(load.run(during, seconds))
+                counts = count(load.calls, moment)
+                total = asked_again(kind, metrics_port, load.calls)
+                counts["again"] = total - before if kind == "haproxy" else total
+                before = total
+                print(f"| {event} |", " | ".join(str(counts[name]) for name in COLUMNS), "|", flush=True)
+                if victim is None:
+                    said = affinity(load.calls)
+                yield from faults_of(event, load.calls)
+                if victim is not None:
+                    assert victim.process is not None
+                    status = victim.process.wait(120)
+                    if event.startswith("SIGTERM") and status != 0:
+                        yield f"{event}: it ended with {status}"
+                    victim.start()
+                    time.sleep(6)  # until the balancer sends to it again
+            print(f"\n{said}")
+        yield from filter(None, (server.idle() for server in servers))
+    finally:
+        for server in servers:
+            if server.process is not None and server.process.poll() is None:
+                server.process.kill()
+                server.process.wait()
+
+
+def faults_of(event: str, calls: list[Call]) -> Iterator[str]:
+    """No request is lost or ends in silence; where nothing was killed, none is cut; only streams are."""
+    for call in calls:
+        kind = "stream" if call.stream else "answer"
+        allowed = {"whole", "left"} | ({"cut"} if event.startswith("SIGKILL") and call.stream else set())
+        if call.outcome not in allowed:
+            yield f"{event}: {kind} {call.outcome}: {call.detail}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("balancer", nargs="?", choices=FILES, default="haproxy")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of load around each event")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="linocut-proof-") as folder:
+        faults = list(prove(options.balancer, options.seconds, Path(folder)))
+        if faults:
+            for log in sorted(Path(folder).glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text()[-3000:]}", file=sys.stderr)
+    different = Counter(faults).most_common()
+    print("\n".join([f"{len(faults)} faults", *(f"{times} x {fault}" for fault, times in different)]))
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
