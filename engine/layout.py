@@ -24,7 +24,8 @@ _BEYOND = 1 << 24
 class Group:
     """Rows [first, last) of a step: one strategy, one window width.
 
-    segments: the most draft segments of a row; segment: rows of the longest one. causal: their rows see no later ones.
+    segments: the most draft segments of a row, 1 for any number where only their masks are asked; segment: rows of the
+    longest one. causal: their rows see no later ones.
     """
 
     strategy: str
@@ -143,7 +144,7 @@ def lay_out(
                 len(order),
                 len(order) + count,
                 max(windows[first:last]),
-                segments if idle is None or not segments else _power(segments),
+                segments if idle is None or not segments else _power(segments) if classes[strategy].branches else 1,
                 max(row.segment for row in mine) if segments else 0,
                 classes[strategy].branches and classes[strategy].frontier,
             )
@@ -162,7 +163,7 @@ def lay_out(
     tokens = wanted
     if idle is not None:
         query, visible = _power(query, 4), _power(visible, 4, least=512)
-        tokens, logits = _two_steps(wanted), _two_steps(logits) if logits else 0
+        tokens, logits = _few_sizes(wanted), _power(logits) if logits else 0
     shape = StepShape(tuple(groups), tokens, logits, query, visible, flags)
     starts = np.concatenate([[0], np.cumsum(widths)])
     columns = [
@@ -192,9 +193,11 @@ def _ragged(counts: np.ndarray, starts: np.ndarray, size: int) -> tuple[np.ndarr
     return row, place
 
 
-def _two_steps(count: int) -> int:
-    """The next of two sizes for each power of two."""
-    step = 1 << max((count - 1).bit_length() - 2, 0)
+def _few_sizes(count: int) -> int:
+    """The next power of two; of many rows, which cost arithmetic and not just reading weights, one size in between."""
+    if count <= 128:
+        return _power(count)
+    step = 1 << (count - 1).bit_length() - 2
     return -(-count // step) * step
 
 

@@ -26,14 +26,14 @@ def row(slot: int, width: int, targets: int, end: int = 100, strategy: str = "th
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 33, 100, 200])
 @pytest.mark.parametrize("width", [1, 5])
-def test_a_shape_holds_what_it_is_asked_for_and_adds_at_most_half_of_the_tokens(count: int, width: int) -> None:
+def test_a_shape_holds_what_it_is_asked_for_and_adds_little(count: int, width: int) -> None:
     tokens = count * width
     assert tokens <= MAX_TOKENS
     layout = laid_out([row(i, width, 1, end=700) for i in range(count)])
     shape = layout.shape
-    assert tokens <= shape.tokens <= max(tokens * 1.5, 4)
+    assert tokens <= shape.tokens < tokens * (2 if tokens <= 128 else 1.5)
     assert count <= shape.rows < 2 * count
-    assert count <= shape.logits
+    assert count <= shape.logits < 2 * count
     assert shape.query >= width
     assert shape.visible >= 700
     assert layout.array.shape == (array_size(shape),)
@@ -47,7 +47,7 @@ def test_a_growing_load_needs_few_graphs() -> None:
         for fused in (0, count // 3, count)
         for context in (100, 900, 1800)
     }
-    assert len(seen) <= MAX_GRAPHS
+    assert len(seen) <= MAX_GRAPHS / 2
 
 
 def test_the_array_says_where_every_row_of_a_step_stands() -> None:
