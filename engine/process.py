@@ -14,9 +14,11 @@ import msgspec
 import zmq
 
 from .config import EngineConfig
+from .core import EngineCore
 from .cores import Core, load_core
 from .errors import ParameterError
 from .messages import Abort, AddRequest, ChoiceOutput, EngineInput, EngineOutput, Fatal, Outputs, Ready, Shutdown
+from .warm_up import warm_up
 
 log = logging.getLogger("linocut.engine")
 
@@ -44,6 +46,8 @@ class EngineProcess:
         core: Core | None = None
         try:
             core = load_core(self._config)
+            if isinstance(core, EngineCore) and core.runner.graphs is not None:
+                warm_up(core)
             self._send(Ready(model=core.info))
             self._serve(core)
         except BaseException as error:

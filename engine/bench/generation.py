@@ -75,7 +75,7 @@ class Ours:
     def __post_init__(self) -> None:
         values = [f"{key}={value}" for key, value in self.asked.items() if key != "strategy"]
         self.name = " ".join(["linocut", str(self.asked["strategy"]), *values])
-        self._decoding = resolve(self.core.info, dict(self.asked))
+        self.decoding = resolve(self.core.info, dict(self.asked))
 
     def run(self, prompts: list[list[int]], tokens: int, ignore_eos: bool) -> Wave:
         core = self.core
@@ -85,7 +85,7 @@ class Ours:
         forwards = 0
         began = time.perf_counter()
         for index, prompt in enumerate(prompts):
-            core.add(AddRequest(request_id=str(index), prompt=prompt, sampling=sampling, decoding=self._decoding))
+            core.add(AddRequest(request_id=str(index), prompt=prompt, sampling=sampling, decoding=self.decoding))
         while core.busy:
             for output in core.step():
                 if output.token_ids:

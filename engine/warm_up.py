@@ -1,0 +1,50 @@
+"""Before the first request: steps of the sizes that serving will meet are run and captured."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+
+from .core import EngineCore
+from .counters import SchedulerCounters
+from .messages import AddRequest
+from .params import DecodingParams, SamplingParams
+from .step_clock import StepClock
+
+# Concurrent requests, up to what the engine may run; a prompt and a text are a few blocks long.
+CLIENTS = (1, 2, 4, 8, 16, 32, 64)
+PROMPT = (12, 40)
+TOKENS = 40
+
+log = logging.getLogger("linocut.engine")
+
+
+def warm_up(core: EngineCore, decoding: DecodingParams | None = None, clients: tuple[int, ...] = CLIENTS) -> None:
+    """Answer made-up prompts, more and more of them at once, and forget them: counters, and the pages' contents too.
+
+    decoding: how; None: the engine's default. The engine must be idle.
+    """
+    info, began = core.info, time.perf_counter()
+    decoding = decoding or DecodingParams(strategy=info.default_strategy, values=info.default_parameters)
+    draw = random.Random(0)
+    special = {*info.stop_ids, *info.banned_ids, info.mask_id}
+    ids = [i for i in range(min(info.vocab_size, 4096)) if i not in special]
+    tokens = min(TOKENS, info.max_model_len - PROMPT[1])
+    if tokens < 1:
+        return
+    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    for count in clients:
+        # Twice: a shape is captured when it comes again.
+        for turn in range(2 * (count <= info.max_running)):
+            for index in range(count):
+                prompt = draw.choices(ids, k=draw.randint(*PROMPT))
+                name = f"warm-up-{count}-{turn}-{index}"
+                core.add(AddRequest(request_id=name, prompt=prompt, sampling=sampling, decoding=decoding))
+            while core.busy:
+                core.step()
+    core.scheduler.prefix.clear()
+    core.scheduler.prefix.query_tokens = core.scheduler.prefix.hit_tokens = 0
+    core.scheduler.counters, core.clock = SchedulerCounters(), StepClock()
+    graphs = core.runner.graphs
+    log.info("warmed up in %.1f s: %d shapes of steps", time.perf_counter() - began, graphs.captures if graphs else 0)

@@ -1,0 +1,32 @@
+"""What a start-up on a GPU runs before the first request."""
+
+import pytest
+from replays import replaying
+from request_mix import alone, mixed_requests
+from tiny_engines import FAMILIES, assert_empty, engine, run
+
+from linocut.engine.warm_up import warm_up
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_meets_shapes_and_leaves_nothing_behind(family: str) -> None:
+    core = engine(family, max_running=8)
+    replays, blank = replaying(core), core.stats()
+    warm_up(core, clients=(1, 2, 8, 16))
+    assert {sum(group.last - group.first for group in shape.groups) for shape in replays.shapes} >= {1, 2, 8}
+    assert_empty(core)
+    left = core.stats()
+    assert left.pages_free == left.pages_total, "nor its prompts' pages"
+    assert (left.forwards, left.committed_tokens, left.prefix_query_tokens) == (0, 0, 0)
+    assert left.step_seconds == blank.step_seconds
+    shapes = len(replays.shapes)
+    warm_up(core, clients=(1, 2, 8))
+    assert len(replays.shapes) == shapes, "the same prompts again need no others"
+    found, want = run(core, mixed_requests(core, family)), alone(family)
+    assert {key: answer.text for key, answer in found.items()} == {key: answer.text for key, answer in want.items()}
+
+
+def test_a_model_of_short_texts_is_served_without() -> None:
+    core = engine("sdar", max_model_len=32)
+    warm_up(core)
+    assert core.stats().forwards == 0
