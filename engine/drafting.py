@@ -12,10 +12,11 @@ from torch.nn.functional import pad
 from .decoding.advance import place_drafts
 from .decoding.strategies.verify import MAX_DRAFT
 from .decoding.view import RowView, WindowStatistics
+from .flags import SamplingFlags
 from .logit_rows import LogitRows
 from .models.decoder import Decoder
 from .models.draft_head import DraftHead
-from .sampling import CHUNK, Sampler, SamplingFlags
+from .sampling import CHUNK, Sampler
 from .state import RowState
 
 # Proposals that the draft head chooses among: the likeliest ones of a mask.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .decoding.view import Span, WindowStatistics
 from .layout import Group
@@ -40,3 +41,15 @@ def no_statistics(rows: int, window: int, device: torch.device) -> WindowStatist
         torch.zeros((rows, window), dtype=torch.int64, device=device),
         torch.full((rows, window), -torch.inf, device=device),
     )
+
+
+def stand(statistics: WindowStatistics, opening: Tensor) -> None:
+    """What clean rows say comes first, in place: they are the autoregressive model. opening: [rows, W] bool."""
+    sure = statistics.candidates & opening
+    statistics.confidence.masked_fill_(sure, torch.inf)
+    if statistics.margin is not None:
+        statistics.margin.masked_fill_(sure, torch.inf)
+    if statistics.entropy is not None:
+        # Its own where it is the least. Not 0: what masks say was not told of it, so it counts among what is uncertain.
+        least = torch.where(statistics.candidates, statistics.entropy, torch.inf).amin(dim=1, keepdim=True)
+        statistics.entropy = torch.where(sure, least, statistics.entropy)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .decoding.registry import strategy_classes
+from .flags import SamplingFlags
 from .plan import RowPlan
-from .sampling import SamplingFlags
 
 # Beyond every row's span and every row's targets: what padding entries point to.
 _BEYOND = 1 << 24
@@ -207,3 +207,13 @@ def _power(value: int, base: int = 2, least: int = 1) -> int:
     while size < value:
         size *= base
     return size
+
+
+def marginal_cost(rows: int, share: float) -> float:
+    """Tokens that one more position of a forward must promise to pay for itself.
+
+    A forward of R positions takes about 1 + share * R times that of none. With `rows` sequences of some eight positions
+    and two tokens each, one more position costs share / (1 + 8 * share * rows) of the forward, so that share of
+    2 * rows tokens.
+    """
+    return 2 * rows * share / (1 + 8 * share * rows)

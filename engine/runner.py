@@ -10,22 +10,22 @@ from torch import Tensor
 from .batch import build_batch, cap_span, concat_spans
 from .decoding.advance import advance, guard, row_view
 from .decoding.registry import build_strategies
-from .decoding.strategy import Equipment, Needs, Strategy
+from .decoding.strategy import Equipment, Strategy
 from .decoding.view import Decision, RowView, Span, WindowStatistics
 from .drafting import Drafter
 from .family import FamilyTraits
+from .flags import SamplingFlags, flags_of, is_smoothed
 from .flight import Flight
 from .graphs import MAX_TOKENS, StepGraphs
-from .groups import no_statistics, span_of, statistics_of
-from .layout import Group, StepInputs, StepLayout, StepShape, lay_out, step_inputs
+from .groups import no_statistics, span_of, stand, statistics_of
+from .layout import Group, StepInputs, StepLayout, StepShape, lay_out, marginal_cost, step_inputs
 from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
-from .params import DecodingParams, SamplingParams
 from .plan import Admission, StepPlan
-from .sampling import Sampler, SamplingFlags, to_segments, to_window
+from .sampling import Sampler, to_segments, to_window
 from .segments import draft_rows, segment_rows
 from .smoothing import Mixer, make_room
-from .state import RowState, admit_rows, grant_pages, is_greedy
+from .state import RowState, admit_rows, grant_pages
 from .transfer import to_device
 
 
@@ -263,7 +263,7 @@ class ModelRunner:
             column.copy_(column.to(self.decoder.dtype))
         for row in plan.admissions:
             strategy = self.strategies[row.decoding.strategy]
-            self._flags[row.slot] = _flags(row.sampling, row.decoding, strategy)
+            self._flags[row.slot] = flags_of(row.sampling, row.decoding, strategy)
             self._windows[row.slot] = strategy.window(row.decoding.values, self.traits)
 
     def _remember(self, row: Admission) -> None:
@@ -273,7 +273,7 @@ class ModelRunner:
             if name not in state.memory:
                 shape = (state.start.shape[0], *memory.shape)
                 state.memory[name] = torch.zeros(shape, dtype=memory.dtype, device=state.device)
-        if _smoothed(row.decoding):
+        if is_smoothed(row.decoding):
             make_room(state, strategy.window(row.decoding.values, self.traits), self.decoder.embedding)
 
     def _idle_rows(self, admissions: list[Admission]) -> list[Admission]:
@@ -286,43 +286,3 @@ class ModelRunner:
                 idle = replace(row, slot=slot, tokens=row.tokens[:1], prompt_len=1, limit=2, suffix=[], key=-1)
                 made.append(replace(idle, final_len=0, start=start, step=0, window=[], decided=[], choice=0))
         return made
-
-
-def _flags(sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy) -> SamplingFlags:
-    needs = strategy.needs(decoding.values)
-    filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-    return SamplingFlags(
-        sampled=not is_greedy(sampling),
-        filtered=filtered,
-        stops_banned=sampling.ignore_eos or sampling.min_tokens > 0,
-        filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
-        entropy=bool(needs & Needs.ENTROPY),
-        margin=bool(needs & Needs.MARGIN),
-        smoothed=_smoothed(decoding),
-    )
-
-
-def _smoothed(decoding: DecodingParams) -> bool:
-    return float(decoding.values.get("smoothing", 0.0)) > 0
-
-
-def stand(statistics: WindowStatistics, opening: Tensor) -> None:
-    """What clean rows say comes first, in place: they are the autoregressive model. opening: [rows, W] bool."""
-    sure = statistics.candidates & opening
-    statistics.confidence.masked_fill_(sure, torch.inf)
-    if statistics.margin is not None:
-        statistics.margin.masked_fill_(sure, torch.inf)
-    if statistics.entropy is not None:
-        # Its own where it is the least. Not 0: what masks say was not told of it, so it counts among what is uncertain.
-        least = torch.where(statistics.candidates, statistics.entropy, torch.inf).amin(dim=1, keepdim=True)
-        statistics.entropy = torch.where(sure, least, statistics.entropy)
-
-
-def marginal_cost(rows: int, share: float) -> float:
-    """Tokens that one more position of a forward must promise to pay for itself.
-
-    A forward of R positions takes about 1 + share * R times that of none. With `rows` sequences of some eight positions
-    and two tokens each, one more position costs share / (1 + 8 * share * rows) of the forward, so that share of
-    2 * rows tokens.
-    """
-    return 2 * rows * share / (1 + 8 * share * rows)

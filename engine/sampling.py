@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -20,28 +19,13 @@ from linocut.kernels.statistics import (
 
 from .decoding.registry import columns
 from .decoding.view import LogitBias, WindowStatistics
+from .flags import SamplingFlags
 from .logit_rows import LogitRows
 from .parallel.vocabulary import VocabShare
 from .state import RowState
 
 # Logits rows computed at a time: bounds the [rows, vocab] buffer (512 x 152k in bf16 is 156 MB).
 CHUNK = 512
-
-
-@dataclass(frozen=True)
-class SamplingFlags:
-    """What the host knows of a batch's rows, so that the device skips work nobody asked for."""
-
-    sampled: bool = False  # some row has temperature > 0
-    filtered: bool = False  # some row has top_k, top_p or min_p
-    stops_banned: bool = False  # some row has min_tokens or ignore_eos
-    filtered_confidence: bool = False  # some row wants the probability after the filters
-    entropy: bool = False  # some row's strategy needs it, and so on
-    margin: bool = False
-    smoothed: bool = False  # some row's masks are to be mixed with what they say
-
-    def __or__(self, other: SamplingFlags) -> SamplingFlags:
-        return SamplingFlags(*(a or b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Sampler:

@@ -8,10 +8,10 @@ from request_mix import alone, mixed_requests, strangers
 from tiny_engines import FAMILIES, MORE, engine, prompt_of, request, run
 
 from linocut.engine.decoding.parameters import valid_names
+from linocut.engine.flags import SamplingFlags
 from linocut.engine.graphs import MAX_GRAPHS, MAX_TOKENS
 from linocut.engine.layout import StepLayout, array_size, lay_out, step_inputs
 from linocut.engine.plan import RowPlan
-from linocut.engine.sampling import SamplingFlags
 
 IDLE = 99
 

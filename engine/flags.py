@@ -1,0 +1,43 @@
+"""What the rows of a batch ask of the sampler."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from .decoding.strategy import Needs, Strategy
+from .params import DecodingParams, SamplingParams
+from .state import is_greedy
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """What the host knows of a batch's rows, so that the device skips work nobody asked for."""
+
+    sampled: bool = False  # some row has temperature > 0
+    filtered: bool = False  # some row has top_k, top_p or min_p
+    stops_banned: bool = False  # some row has min_tokens or ignore_eos
+    filtered_confidence: bool = False  # some row wants the probability after the filters
+    entropy: bool = False  # some row's strategy needs it, and so on
+    margin: bool = False
+    smoothed: bool = False  # some row's masks are to be mixed with what they say
+
+    def __or__(self, other: SamplingFlags) -> SamplingFlags:
+        return SamplingFlags(*(a or b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def flags_of(sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy) -> SamplingFlags:
+    needs = strategy.needs(decoding.values)
+    filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+    return SamplingFlags(
+        sampled=not is_greedy(sampling),
+        filtered=filtered,
+        stops_banned=sampling.ignore_eos or sampling.min_tokens > 0,
+        filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
+        entropy=bool(needs & Needs.ENTROPY),
+        margin=bool(needs & Needs.MARGIN),
+        smoothed=is_smoothed(decoding),
+    )
+
+
+def is_smoothed(decoding: DecodingParams) -> bool:
+    return float(decoding.values.get("smoothing", 0.0)) > 0
