@@ -16,6 +16,7 @@ import zmq
 from .config import EngineConfig
 from .cores import Core, load_core
 from .errors import ParameterError
+from .machine import share_machine
 from .messages import Abort, AddRequest, ChoiceOutput, EngineInput, EngineOutput, Fatal, Outputs, Ready, Shutdown
 
 log = logging.getLogger("linocut.engine")
@@ -42,7 +43,7 @@ class EngineProcess:
     def run(self) -> None:
         """Load the model and serve until Shutdown. Any exception is reported as Fatal and raised again."""
         try:
-            core = load_core(self._config)
+            core = load_core(share_machine(self._config))
             self._send(Ready(model=core.info))
             self._serve(core)
         except BaseException as error:
