@@ -15,6 +15,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: a local Hugging Face folder.
     token_budget: positions a forward may hold, prefill and denoise together.
+    replica, replicas: this engine is one of several on its machine, counted from 0 (see `share_machine` in machine.py).
     kv_memory: bytes for the KV pages; on CUDA the default is `memory_fraction` of the card less weights and workspace.
     block_size: diffusion block of a block-causal model; it changes K/V, so it is one value per loaded model.
     tensor_parallel_size: processes that hold the model together, each on a device of its own.
@@ -31,6 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_size: int | None = None
     mask_id: int | None = None
     stop_ids: tuple[int, ...] | None = None
+    replica: int = 0
+    replicas: int = 1
     max_model_len: int | None = None
     max_running: int | None = None
     max_queued: int = 1024
@@ -53,6 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
         require(self.page_size >= 1 and self.page_size & (self.page_size - 1) == 0, "page_size must be a power of two")
         require(self.block_size is None or 1 <= self.block_size <= 256, "block_size must be between 1 and 256")
+        require(0 <= self.replica < self.replicas, "replica must be at least 0 and below replicas")
         require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len must be at least 2")
         require(self.max_running is None or self.max_running >= 1, "max_running must be at least 1")
         require(self.max_queued >= 0, "max_queued must not be negative")

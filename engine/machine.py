@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import torch
 
 from .config import EngineConfig
@@ -130,3 +131,22 @@ def available_memory() -> int:
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         sizes.append(int(limit.read_text()) - int(used.read_text()))
     return max(min(sizes), 0) if sizes else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def share_machine(config: EngineConfig) -> EngineConfig:
+    """The configuration of one of several engines on this machine: a GPU of its own, or its part of the processors.
+
+    The GPUs are those from the configured one on. Raises ConfigError if there are not enough.
+    """
+    if config.replicas == 1:
+        return config
+    first = choose_device(config)
+    if first.type == "cpu":
+        threads = config.threads or max(1, torch.get_num_threads() // config.replicas)
+        return msgspec.structs.replace(config, threads=threads)
+    needed = first.index + config.replicas
+    if needed > torch.cuda.device_count():
+        raise ConfigError(
+            f"{config.replicas} replicas from {first} on need {needed} GPUs, not {torch.cuda.device_count()}"
+        )
+    return msgspec.structs.replace(config, device=f"cuda:{first.index + config.replica}")

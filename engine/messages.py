@@ -79,6 +79,11 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         """Names of the strategies that are valid on this model, the family's default first."""
         return tuple(strategy.name for strategy in self.strategy_table if not strategy.refusal)
 
+    @property
+    def capacity(self) -> int:
+        """Choices that an engine holds, running and queued."""
+        return self.max_running + self.max_queued
+
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """First message of the engine: the model is loaded and requests are welcome."""

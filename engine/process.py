@@ -17,6 +17,7 @@ from .config import EngineConfig
 from .core import EngineCore
 from .cores import Core, load_core
 from .errors import ParameterError
+from .machine import share_machine
 from .messages import Abort, AddRequest, ChoiceOutput, EngineInput, EngineOutput, Fatal, Outputs, Ready, Shutdown
 from .warm_up import warm_up
 
@@ -45,7 +46,7 @@ class EngineProcess:
         """Load the model and serve until Shutdown. Any exception is reported as Fatal and raised again."""
         core: Core | None = None
         try:
-            core = load_core(self._config)
+            core = load_core(share_machine(self._config))
             if isinstance(core, EngineCore) and core.runner.graphs is not None:
                 warm_up(core)
             self._send(Ready(model=core.info))

@@ -22,6 +22,8 @@ def announce(service: Service, url: str) -> None:
     lines["strategies"] = ", ".join(service.model.strategies)
     defaults = " ".join(f"{name}={value}" for name, value in service.model.default_parameters.items())
     lines["strategy"] = f"{service.model.default_strategy} {defaults}".strip()
+    if service.settings.replicas > 1:
+        lines["engines"] = service.settings.replicas
     lines["served as"] = ", ".join(service.settings.served_names)
     lines["api keys"] = "none: everyone who reaches the port may use it" if service.keys.open else len(service.keys)
     if service.settings.log_format == "json":

@@ -51,6 +51,9 @@ def serve(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    replicas: Annotated[
+        int, typer.Option(help="Engines behind this server, each on a GPU of its own, from the device on.")
+    ] = 1,
     quantization: Annotated[str, typer.Option(help="none or int8")] = "none",
     attention: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of this host that hold the model together.")] = 1,
@@ -102,6 +105,7 @@ def serve(
         served_names=tuple(served_model_name or [_default_name(model, folder)]),
         host=host,
         port=port,
+        replicas=replicas,
         api_keys=tuple(dict.fromkeys(keys)),
         api_key_file=api_key_file,
         log_prompts=log_prompts,
@@ -157,8 +161,10 @@ def _run(settings: Any, fields: dict[str, Any], folder: Path, logs: Any) -> int:
         raise ConfigError(str(error).replace("`$.", "`")) from None
 
     async def run() -> int:
-        launch = launch_engine(config, logs)
-        return await Lifecycle(settings, launch, lambda: load_tokenizer(folder), announce, fields).run()
+        count = settings.replicas
+        shares = [msgspec.structs.replace(config, replica=number, replicas=count) for number in range(count)]
+        launches = [launch_engine(share, logs) for share in shares]
+        return await Lifecycle(settings, launches, lambda: load_tokenizer(folder), announce, fields).run()
 
     try:
         import uvloop

@@ -16,7 +16,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from linocut.engine.errors import ConfigError, EngineDead, EngineStopped, LinocutError
+from linocut.engine.errors import ConfigError, EngineDead, EngineStopped
 from linocut.engine.messages import (
     Abort,
     AddRequest,
@@ -37,21 +37,19 @@ from .watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-class QueueFull(LinocutError):
-    """As many choices are running and queued as the engine takes."""
-
-
 class EngineClient:
     """Binds two sockets, launches the engine, hands out its outputs and notices its death.
 
     `model` and `stats` are valid after `start`. `dead` is an Event that is set once, when the engine is gone or hangs
     (`Watchdog`); `failure` then says why. patience: seconds without a step, of an engine with work, until it hangs.
+    number: for the log, where a server has several.
     """
 
     model: ModelInfo
 
-    def __init__(self, launch: Launch, patience: float = 60.0) -> None:
+    def __init__(self, launch: Launch, patience: float = 60.0, number: int = 0) -> None:
         self._launch = launch
+        self._number = number
         self._watchdog = Watchdog(patience)
         self._interval = min(1.0, patience / 4)
         self._stalled = False
@@ -119,24 +117,11 @@ class EngineClient:
         """Seconds since the engine's last message, or since it was launched."""
         return time.monotonic() - self._heard
 
-    @property
-    def capacity(self) -> int:
-        """Choices that may be in flight together."""
-        return self.model.max_running + self.model.max_queued
-
-    def submit(self, requests: list[AddRequest]) -> Submission:
-        """Send requests that stand or fall together. Raises QueueFull or EngineDead; then nothing was sent."""
-        if not self.alive:
-            raise EngineDead(self.failure or "the engine is not running")
-        choices = sum(request.n for request in requests)
-        if self.in_flight + choices > self.capacity:
-            raise QueueFull(f"{self.in_flight} of {self.capacity} places are taken")
-        submission = Submission(self, requests)
-        self.in_flight += choices
-        for request in requests:
-            self._submissions[request.request_id] = submission
-            self._send(request)
-        return submission
+    def add(self, request: AddRequest, submission: Submission) -> None:
+        """Send a request of a submission, which gets its outputs. `Replicas` has made sure that there is room."""
+        self.in_flight += request.n
+        self._submissions[request.request_id] = submission
+        self._send(request)
 
     def abort(self, submission: Submission, request_id: str, choice: int | None = None) -> None:
         """End a submission's request, or one choice of it. Called by `Submission`."""
@@ -146,9 +131,8 @@ class EngineClient:
         if closed and self.alive:
             self._send(Abort(request_id=request_id, choice=choice))
 
-    def forget(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            self._submissions.pop(request_id, None)
+    def forget(self, request_id: str) -> None:
+        self._submissions.pop(request_id, None)
 
     def _send(self, message: EngineInput) -> None:
         try:
@@ -215,15 +199,15 @@ class EngineClient:
             return
         self.failure = reason
         if self._loaded:  # else `start` raises it
-            log.error("the engine died: %s", reason)
+            log.error("engine %d died: %s", self._number, reason)
         self.dead.set()
         self._fail_all(EngineDead(reason))
 
     def _fail_all(self, error: EngineDead) -> None:
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
-        for submission in set(self._submissions.values()):
-            submission.fail(error)
+        for request_id, submission in self._submissions.items():
+            submission.fail(request_id, error)
         self._submissions.clear()
         self.in_flight = 0
 

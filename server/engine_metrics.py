@@ -1,8 +1,8 @@
-"""The engine's last statistics as Prometheus metrics, read when they are scraped."""
+"""The engines' last statistics as Prometheus metrics, read when they are scraped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -29,44 +29,53 @@ class Engine(Protocol):
 
 
 class EngineCollector(Collector):
-    """Of one engine; nothing is kept between scrapes."""
+    """Of all engines, by their number; nothing is kept between scrapes."""
 
-    def __init__(self, engine: Engine, model_name: str, version: str) -> None:
-        self._engine = engine
+    def __init__(self, engines: Sequence[Engine], model_name: str, version: str) -> None:
+        self._engines = engines
         self._model_name = model_name
         self._version = version
 
     def collect(self) -> Iterable[Metric]:
-        engine, stats, model = self._engine, self._engine.stats, self._engine.model
-        used = stats.pages_total - stats.pages_free - stats.pages_cached
-        yield self._gauge("engine_up", float(engine.alive))
-        yield self._gauge("engine_silence_seconds", engine.silence)
-        yield self._gauge("choices_in_flight", engine.in_flight)
-        yield self._gauge("kv_cache_usage_perc", used / max(stats.pages_total, 1))
-        told = {"strategy": model.default_strategy, "version": self._version}
+        engines = list(self._engines)
+        yield self._gauges("engine_up", [({}, float(engine.alive)) for engine in engines])
+        yield self._gauges("engine_silence_seconds", [({}, engine.silence) for engine in engines])
+        yield self._gauges("choices_in_flight", [({}, engine.in_flight) for engine in engines])
+        yield self._gauges("kv_cache_usage_perc", [({}, _usage(engine.stats)) for engine in engines])
         for name in ("model_info", "cache_config_info"):
-            labels = {label: str(told.get(label, getattr(model, label, ""))) for label in SPECS[name].labels}
-            yield self._gauge(name, 1.0, labels)
+            yield self._gauges(name, [(self._labels(name, engine.model), 1.0) for engine in engines])
         for spec in ENGINE_SPECS:
-            yield self._family(spec, spec.read(stats))
+            yield self._family(spec, [spec.read(engine.stats) for engine in engines])
 
-    def _gauge(self, name: str, value: float, labels: Mapping[str, str] | None = None) -> Metric:
-        labels = labels or {}
-        gauge = GaugeMetricFamily(SPECS[name].family, SPECS[name].text, labels=["model_name", *labels])
-        gauge.add_metric([self._model_name, *labels.values()], value)
+    def _labels(self, name: str, model: ModelInfo) -> dict[str, str]:
+        told = {"strategy": model.default_strategy, "version": self._version}
+        names = [label for label in SPECS[name].labels if label != "engine"]
+        return {label: str(told.get(label, getattr(model, label, ""))) for label in names}
+
+    def _gauges(self, name: str, values: list[tuple[dict[str, str], float]]) -> Metric:
+        spec = SPECS[name]
+        gauge = GaugeMetricFamily(spec.family, spec.text, labels=["model_name", *spec.labels])
+        for number, (labels, value) in enumerate(values):
+            gauge.add_metric([self._model_name, str(number), *labels.values()], value)
         return gauge
 
-    def _family(self, spec: EngineSpec, value: float | Mapping[str, float] | Distribution) -> Metric:
+    def _family(self, spec: EngineSpec, values: list[float | Mapping[str, float] | Distribution]) -> Metric:
         names = ["model_name", *spec.labels]
-        if isinstance(value, Distribution):
-            histogram = HistogramMetricFamily(spec.family, spec.text, labels=names)
-            counts = value.counts or [0] * (len(spec.buckets) + 1)
-            bounds = [*(f"{bound:g}" for bound in spec.buckets), "+Inf"]
-            cumulative = list(zip(bounds, accumulate(counts), strict=True))
-            histogram.add_metric([self._model_name], cumulative, value.total)
-            return histogram
-        kind = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
-        family = kind(spec.family, spec.text, labels=names)
-        for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
-            family.add_metric([self._model_name, *([labels] if labels else [])], number)
+        kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
+        family = kinds[spec.kind](spec.family, spec.text, labels=names)
+        for number, value in enumerate(values):
+            whose = [self._model_name, str(number)]
+            if isinstance(value, Distribution):
+                counts = value.counts or [0] * (len(spec.buckets) + 1)
+                bounds = [*(f"{bound:g}" for bound in spec.buckets), "+Inf"]
+                family.add_metric(whose, list(zip(bounds, accumulate(counts), strict=True)), value.total)
+            elif isinstance(value, Mapping):
+                for label, part in value.items():
+                    family.add_metric([*whose, label], part)
+            else:
+                family.add_metric(whose, value)
         return family
+
+
+def _usage(stats: EngineStats) -> float:
+    return (stats.pages_total - stats.pages_free - stats.pages_cached) / max(stats.pages_total, 1)

@@ -12,9 +12,9 @@ from linocut.engine.params import DecodingParams, SamplingParams
 from .answer import Answer, AnswerRules, Delta
 from .api_errors import BadRequest, InternalError, Unavailable
 from .detokenizer import Decoder, Detokenizer
-from .engine_client import EngineClient, QueueFull
 from .metrics import Metrics
 from .prompts import Prompt
+from .replicas import QueueFull, Replicas
 from .submission import Submission
 
 
@@ -42,7 +42,7 @@ class Generation:
     Choice i of prompt p has index p * n + i. Raises 503 if the queue is full, 400 if it could never hold the call.
     """
 
-    def __init__(self, job: Job, engine: EngineClient, decoder: Decoder, metrics: Metrics, retry_after: int) -> None:
+    def __init__(self, job: Job, engine: Replicas, decoder: Decoder, metrics: Metrics, retry_after: int) -> None:
         self.job = job
         self.started = time.monotonic()
         self.first_text: float | None = None

@@ -19,7 +19,7 @@ def new_id(kind: str) -> str:
 
 def check_choices(body: ChatRequest | CompletionRequest, prompts: int, service: Service) -> None:
     """Refuse what can never be served before anything is tokenised. Raises 400."""
-    limit = min(service.settings.max_choices, service.engine.capacity)
+    limit = min(service.settings.max_choices, service.model.capacity)
     if (body.n or 1) > limit:
         raise BadRequest(f"n is at most {limit}", param="n")
     if prompts * (body.n or 1) > service.engine.capacity:

@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import uvicorn
@@ -17,15 +17,15 @@ from linocut.engine.errors import ConfigError
 
 from .app import create_app
 from .auth import KeyRing
-from .engine_client import EngineClient
 from .engine_launch import Launch
+from .replicas import Replicas
 from .service import Service
 from .settings import ServerSettings
 from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_DEATH_SECONDS = 1.0  # from the engine's death to our exit: errors reach their clients, probes see the 503
+_DEATH_SECONDS = 1.0  # from the last engine's death to our exit: errors reach their clients, probes see the 503
 _FLUSH_SECONDS = 5
 _REFRESH_SECONDS = 1.0  # between looks at the file of API keys
 
@@ -33,20 +33,20 @@ _REFRESH_SECONDS = 1.0  # between looks at the file of API keys
 class Lifecycle:
     """One server from start to exit. `announce` is called with the service and its URL when it takes requests.
 
-    configuration: the engine's, for /server_info.
+    launches: of its engines. configuration: the engines', for /server_info.
     """
 
     def __init__(
         self,
         settings: ServerSettings,
-        launch: Launch,
+        launches: Sequence[Launch],
         load_tokenizer: Callable[[], Tokenizer | None],
         announce: Callable[[Service, str], None],
         configuration: Mapping[str, object] | None = None,
     ) -> None:
         self._settings = settings
         self._configuration = configuration or {}
-        self._engine = EngineClient(launch, settings.stall_seconds)
+        self._engine = Replicas(launches, settings.stall_seconds)
         self._load_tokenizer = load_tokenizer
         self._announce = announce
         self._stop = asyncio.Event()
@@ -63,7 +63,7 @@ class Lifecycle:
             self._keys.refresh(force=True)
 
     async def run(self) -> int:
-        """Serve until stopped (exit code 0) or the engine dies (1). Raises LinocutError if it cannot start."""
+        """Serve until stopped (exit code 0) or no engine is left (1). Raises LinocutError if it cannot start."""
         keys = self._keys = KeyRing(self._settings.api_keys, self._settings.api_key_file)
         listener = _bind(self._settings.host, self._settings.port)
         with self._signals(), contextlib.closing(listener):

@@ -16,6 +16,8 @@ from linocut.engine.histogram import BOUNDS, Distribution
 from linocut.engine.messages import EngineStats
 
 PREFIX = "linocut_"
+# On everything that an engine counts: its number, from 0 to --replicas less one.
+_ENGINE_LABEL = {"engine": ""}
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 _INTERVAL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -61,18 +63,18 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Spec:
 
 
 def _plain(kind: Literal["counter", "gauge"], name: str, stat: str, text: str) -> EngineSpec:
-    return EngineSpec(name, kind, text, read=lambda stats: float(getattr(stats, stat)))
+    return EngineSpec(name, kind, text, _ENGINE_LABEL, read=lambda stats: float(getattr(stats, stat)))
 
 
 def _by(name: str, stat: str, label: str, values: tuple[str, ...], text: str) -> EngineSpec:
     def read(stats: EngineStats) -> dict[str, float]:
         return {value: getattr(stats, stat).get(value, 0) for value in values}
 
-    return EngineSpec(name, "counter", text, {label: ", ".join(values)}, read=read)
+    return EngineSpec(name, "counter", text, _ENGINE_LABEL | {label: ", ".join(values)}, read=read)
 
 
 def _spread(name: str, stat: str, text: str) -> EngineSpec:
-    return EngineSpec(name, "histogram", text, buckets=BOUNDS[stat], read=lambda stats: getattr(stats, stat))
+    return EngineSpec(name, "histogram", text, _ENGINE_LABEL, BOUNDS[stat], read=lambda stats: getattr(stats, stat))
 
 
 def _positions(stats: EngineStats) -> dict[str, float]:
@@ -132,25 +134,32 @@ _SERVER_DIFFUSION = (
 
 # Of the process; `engine_metrics.py` reads them at each scrape.
 _PROCESS = (
-    Spec("engine_up", "gauge", "1 while the engine process lives"),
+    Spec("engine_up", "gauge", "1 while the engine process lives", _ENGINE_LABEL),
     Spec(
         "engine_silence_seconds",
         "gauge",
         "Since the engine's last message; it sends one twice a second, but none during a step",
+        _ENGINE_LABEL,
     ),
-    Spec("choices_in_flight", "gauge", "Choices submitted to the engine and not ended, as the server counts them"),
-    Spec("kv_cache_usage_perc", "gauge", "Share of KV cache pages in use, 0 to 1"),
+    Spec(
+        "choices_in_flight",
+        "gauge",
+        "Choices submitted to the engine and not ended, as the server counts them",
+        _ENGINE_LABEL,
+    ),
+    Spec("kv_cache_usage_perc", "gauge", "Share of KV cache pages in use, 0 to 1", _ENGINE_LABEL),
     Spec(
         "model_info",
         "gauge",
         "1; what is served",
-        dict.fromkeys(("family", "dtype", "device", "quantization", "attention", "strategy", "version"), ""),
+        _ENGINE_LABEL
+        | dict.fromkeys(("family", "dtype", "device", "quantization", "attention", "strategy", "version"), ""),
     ),
     Spec(
         "cache_config_info",
         "gauge",
         "1; what was resolved",
-        dict.fromkeys(("page_size", "pages", "prefix_caching", "max_running", "token_budget"), ""),
+        _ENGINE_LABEL | dict.fromkeys(("page_size", "pages", "prefix_caching", "max_running", "token_budget"), ""),
     ),
 )
 
@@ -204,7 +213,7 @@ _DIFFUSION = (
         "positions_evaluated",
         "counter",
         "Positions run: to fill the KV cache with prompts or generated text, to decide tokens, to fill up a CUDA graph",
-        {"kind": "prefill, commit, denoise, padding"},
+        _ENGINE_LABEL | {"kind": "prefill, commit, denoise, padding"},
         read=_positions,
     ),
     _plain("counter", "positions_committed", "committed_tokens", "Tokens committed to texts"),

@@ -9,8 +9,9 @@ _HEAD = """# Metrics
 Written by `linocut metrics`; do not edit.
 
 `/metrics` serves these in Prometheus' text format, all with the label `model_name`. Names and meanings are vLLM's, with
-the prefix `linocut_` for `vllm:`, where both measure the same. Replicas are told apart by the labels that Prometheus
-adds (`instance`); counters of several add up. A histogram has `_bucket`, `_sum` and `_count`.
+the prefix `linocut_` for `vllm:`, where both measure the same. Servers are told apart by the labels that Prometheus
+adds (`instance`), the engines of one (`--replicas`) by `engine`, counted from 0; counters of several add up. A
+histogram has `_bucket`, `_sum` and `_count`.
 
 Counts are made per step, chunk and request, from the report that a step sends to the host anyway. Branches of
 `freedave` count as its rule's commits, not as drafts. Strategies that decode from a frontier (`autoregressive`,

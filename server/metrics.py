@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -27,8 +28,9 @@ class Metrics:
             for values in spec.start:
                 made.labels(model_name, *values)
 
-    def watch_engine(self, engine: Engine, version: str) -> None:
-        self.registry.register(EngineCollector(engine, self._model_name, version))
+    def watch_engines(self, engines: Sequence[Engine], version: str) -> None:
+        """engines: read at every scrape; one may have taken another's place."""
+        self.registry.register(EngineCollector(engines, self._model_name, version))
 
     def answered(self, endpoint: str, method: str, status: int) -> None:
         self._count("http_requests", endpoint, method, str(status))

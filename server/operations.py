@@ -22,7 +22,7 @@ PROBES = ("/health", "/ready", "/version", "/metrics")
 
 @router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
-    """200 while the engine lives; a server that drains is healthy."""
+    """200 while an engine lives; a server that drains is healthy."""
     if service_of(request).engine.dead.is_set():
         return json_response({"status": "engine dead"}, 503)
     return json_response({"status": "ok"})
@@ -59,6 +59,10 @@ async def server_info(request: Request) -> Response:
             "uptime_seconds": round(time.monotonic() - service.started),
             "server": {**server, "keys": None if service.keys.open else len(service.keys)},
             "engine": service.configuration,
+            "engines": [
+                {"alive": engine.alive, "device": engine.model.device, "in_flight": engine.in_flight}
+                for engine in service.engine.engines
+            ],
             "model": {**resolved, "strategies": service.model.strategies},
         }
     )

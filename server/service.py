@@ -12,10 +12,10 @@ from fastapi import Request
 from .api_errors import NotFound, Unavailable, clip
 from .auth import KeyRing
 from .body import read_object
-from .engine_client import EngineClient
 from .generation import Generation, Job
 from .metrics import Metrics
 from .prompts import PromptBuilder
+from .replicas import Replicas
 from .settings import ServerSettings
 from .tokenizer import Tokenizer
 from .tracing import NoTracer, OtlpTracer, Tracer
@@ -42,7 +42,7 @@ class Service:
     def __init__(
         self,
         settings: ServerSettings,
-        engine: EngineClient,
+        engine: Replicas,
         tokenizer: Tokenizer | None,
         keys: KeyRing,
         configuration: Mapping[str, object],
@@ -57,7 +57,7 @@ class Service:
         needs_prompt = self.model.context != "canvas"
         self.prompts = PromptBuilder(tokenizer, self.model.vocab_size, self.model.mask_id, needs_prompt=needs_prompt)
         self.metrics = Metrics(settings.served_names[0])
-        self.metrics.watch_engine(engine, package_version())
+        self.metrics.watch_engines(engine.engines, package_version())
         self.keys = keys
         endpoint, name = settings.otlp_endpoint, settings.served_names[0]
         self.tracer: Tracer = NoTracer() if endpoint is None else OtlpTracer(endpoint, name)

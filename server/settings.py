@@ -13,7 +13,7 @@ class ServerSettings:
     """served_names: what clients may write as `model`; the first is the one we answer with.
 
     api_keys, api_key_file: Bearer keys; neither means open. Times are in seconds.
-    otlp_endpoint: where traces go, the base URL of a collector; None: nowhere.
+    replicas: engines behind this server. otlp_endpoint: where traces go, the base URL of a collector; None: nowhere.
     log_prompts: whether log lines of requests hold their bodies, prompts included.
     drain_seconds: from SIGTERM or SIGINT on, how long /ready says 503 before new requests are refused, so that load
     balancers notice first. shutdown_seconds: how long running requests may take to finish from then on.
@@ -24,6 +24,7 @@ class ServerSettings:
     served_names: tuple[str, ...]
     host: str = "127.0.0.1"
     port: int = 8000
+    replicas: int = 1
     api_keys: tuple[str, ...] = ()
     api_key_file: Path | None = None
     log_prompts: bool = False
@@ -46,6 +47,7 @@ class ServerSettings:
 
         require(bool(self.served_names) and all(self.served_names), "a served model name must not be empty")
         require(0 <= self.port <= 65535, "port must be between 0 and 65535")
+        require(1 <= self.replicas <= 64, "replicas must be between 1 and 64")
         sane_keys = all(key and key.isascii() and key.isprintable() for key in self.api_keys)
         require(sane_keys, "API keys must be printable ASCII")
         require(self.max_body_bytes >= 1024, "max_body_bytes must be at least 1024")

@@ -1,8 +1,9 @@
-"""The requests of one HTTP call inside the engine client: what is still open, and outputs not yet taken."""
+"""The requests of one HTTP call at their engines: what is still open, and outputs not yet taken."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from linocut.engine.errors import EngineDead
@@ -15,11 +16,13 @@ Key = tuple[str, int]  # (request id, choice)
 
 
 class Submission:
-    """Made by `EngineClient.submit`. Used as a context manager it aborts on exit whatever is still open."""
+    """Made by `Replicas.submit`. Used as a context manager it aborts on exit whatever is still open.
 
-    def __init__(self, client: EngineClient, requests: list[AddRequest]) -> None:
-        self._client = client
-        self._request_ids = [request.request_id for request in requests]
+    clients: where each request is, by its id.
+    """
+
+    def __init__(self, requests: list[AddRequest], clients: Mapping[str, EngineClient]) -> None:
+        self._clients = clients
         self.open: set[Key] = {(request.request_id, choice) for request in requests for choice in range(request.n)}
         self._outputs: list[ChoiceOutput] = []
         self._failure: EngineDead | None = None
@@ -34,7 +37,7 @@ class Submission:
     async def take(self, timeout: float | None = None) -> list[ChoiceOutput]:
         """All outputs that have arrived, waiting for one if there is none; empty after `timeout` seconds.
 
-        Raises EngineDead once the engine is gone and what it had sent has been taken.
+        Raises EngineDead once an engine of it is gone and what had been sent has been taken.
         """
         if not self._outputs and self._failure is None:
             self._changed.clear()
@@ -52,13 +55,14 @@ class Submission:
     def abort_choice(self, request_id: str, choice: int) -> None:
         """End one choice early (its answer is complete without more tokens)."""
         if (request_id, choice) in self.open:
-            self._client.abort(self, request_id, choice)
+            self._clients[request_id].abort(self, request_id, choice)
 
     def close(self) -> None:
         """Abort what is open. Calling it again does nothing."""
         for request_id in {key[0] for key in self.open}:
-            self._client.abort(self, request_id)
-        self._client.forget(self._request_ids)
+            self._clients[request_id].abort(self, request_id)
+        for request_id, client in self._clients.items():
+            client.forget(request_id)
 
     def deliver(self, output: ChoiceOutput) -> bool:
         """Called by the client; False if the choice is closed (its output crossed our abort)."""
@@ -71,7 +75,8 @@ class Submission:
         self._changed.set()
         return True
 
-    def fail(self, error: EngineDead) -> None:
-        self.open.clear()
+    def fail(self, request_id: str, error: EngineDead) -> None:
+        """Called by the client: the request's engine is gone."""
+        self.open = {key for key in self.open if key[0] != request_id}
         self._failure = error
         self._changed.set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from panel import BROKEN, GENERATED, GENERATING, Panel, mean, metric, number, quantile, quantiles, rate
 
 NOW = [
-    number("Replicas", "Servers that answer and whose engine lives.", "none", f"sum({metric('engine_up')})"),
+    number("Replicas", "Engines that live, of all servers that answer.", "none", f"sum({metric('engine_up')})"),
     number(
         "Alerts",
         "Alerts that fire now; Prometheus lists them.",

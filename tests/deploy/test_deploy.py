@@ -84,7 +84,7 @@ def test_what_the_queries_ask_for_is_known_from_a_real_page() -> None:
     engine = SimpleNamespace(
         model=SimpleNamespace(default_strategy="static"), stats=EngineStats(), in_flight=0, alive=True, silence=0.0
     )
-    metrics.watch_engine(engine, "1")
+    metrics.watch_engines([engine], "1")
     metrics.answered("/v1/completions", "POST", 200)
     metrics.failed("x")
     metrics.submitted(1, "static", 1, 1)

@@ -111,12 +111,15 @@ class FakeEngine:
         self.aborts: list[Abort] = []
         self.exitcode: int | None = None
         self._stop = threading.Event()
+        self._launched = False
         self._fatal: str | None = None
         self.pid = None
         self.hangs = threading.Event()
         self.sentinel, self._alive_end = os.pipe()
 
     def launch(self, input_endpoint: str, output_endpoint: str) -> FakeEngine:
+        assert not self._launched, "a process runs once"
+        self._launched = True
         self._thread = threading.Thread(target=self._run, args=(input_endpoint, output_endpoint), daemon=True)
         self._thread.start()
         return self

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import openai
 from fake_engine import FakeEngine
 
+from linocut.server.engine_launch import Launch
 from linocut.server.lifecycle import Lifecycle
 from linocut.server.service import Service
 from linocut.server.settings import ServerSettings
@@ -17,10 +19,13 @@ from linocut.server.tokenizer import Tokenizer
 
 
 class RunningServer:
-    """A context manager; `exit_code` is set once the server has ended."""
+    """A context manager; `exit_code` is set once the server has ended. launches: of several engines."""
 
-    def __init__(self, engine: FakeEngine, tokenizer: Tokenizer | None, **settings: Any) -> None:
+    def __init__(
+        self, engine: FakeEngine, tokenizer: Tokenizer | None, launches: Sequence[Launch] = (), **settings: Any
+    ) -> None:
         self.engine = engine
+        self._launches = launches or [engine.launch]
         self.exit_code: int | None = None
         self.error: BaseException | None = None
         self._tokenizer = tokenizer
@@ -31,7 +36,7 @@ class RunningServer:
     def _run(self) -> None:
         async def main() -> int:
             self._loop = asyncio.get_running_loop()
-            self.lifecycle = Lifecycle(self._settings, self.engine.launch, lambda: self._tokenizer, self._announce)
+            self.lifecycle = Lifecycle(self._settings, self._launches, lambda: self._tokenizer, self._announce)
             return await self.lifecycle.run()
 
         try:

@@ -66,7 +66,10 @@ def test_probes(server):
 def samples(server) -> dict[str, float]:
     families = text_string_to_metric_families(server.http.get("/metrics").text)
     return {
-        sample.name + "".join(f",{k}={v}" for k, v in sorted(sample.labels.items()) if k != "model_name"): sample.value
+        sample.name
+        + "".join(
+            f",{k}={v}" for k, v in sorted(sample.labels.items()) if k not in ("engine", "model_name")
+        ): sample.value
         for family in families
         for sample in family.samples
     }

@@ -123,6 +123,23 @@ def test_a_killed_engine_ends_the_server(start):
     assert "Traceback" not in program.log.read_text()
 
 
+def test_with_replicas_a_killed_engine_is_started_again(start):
+    program = start("--replicas", "2")
+    url = program.url
+    first = [int(pid) for pid in re.findall(r"engine pid (\d+)", program.log.read_text())]
+    assert len(first) == 2
+    os.kill(first[0], signal.SIGKILL)
+    third = int(program.find(r"(?s)(?:engine pid \d+.*){2}engine pid (\d+)"))
+    assert httpx.get(f"{url}/ready").status_code == 200
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+    program.process.send_signal(signal.SIGTERM)
+    assert program.exit_code() == 0
+    assert gone(first[1])
+    assert gone(third)
+    assert "Traceback" not in program.log.read_text()
+
+
 def test_readiness_goes_first_then_new_requests_then_the_server(start):
     """A balancer that looks at /ready twice a second sends nothing that would be refused."""
     program = start("--drain-seconds", "1.5")
@@ -204,6 +221,7 @@ def test_failures_before_the_start(start, folder):
             (start(model=Path("missing")), "linocut: missing is neither"),
             (start("--dtype", "int3"), "linocut: Invalid enum value 'int3'"),
             (start("--page-size", "7"), "linocut: page_size must be a power of two"),
+            (start("--replicas", "0"), "linocut: replicas must be between 1 and 64"),
             (start("--log-format", "xml"), "linocut: --log-format 'xml': text, json"),
             (start("--api-key-file", "/missing.toml"), "linocut: /missing.toml cannot be read"),
         ]

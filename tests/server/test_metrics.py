@@ -27,13 +27,16 @@ USER = [{"role": "user", "content": "Hello"}]
 def render(stats: EngineStats) -> str:
     metrics = Metrics("m")
     engine = SimpleNamespace(model=model_info(), stats=stats, in_flight=0, alive=True, silence=0.0)
-    metrics.watch_engine(engine, "1.2.3")
+    metrics.watch_engines([engine], "1.2.3")
     return metrics.render().decode()
 
 
 def values(text: str) -> dict[str, float]:
     return {
-        sample.name + "".join(f",{k}={v}" for k, v in sorted(sample.labels.items()) if k != "model_name"): sample.value
+        sample.name
+        + "".join(
+            f",{k}={v}" for k, v in sorted(sample.labels.items()) if k not in ("model_name", "engine")
+        ): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
