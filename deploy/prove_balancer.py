@@ -188,19 +188,27 @@ def _take_usage(content: dict[str, Any], call: Call) -> None:
         call.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
 
 
-@contextlib.contextmanager
-def balancer(kind: str, ports: list[int], port: int, metrics_port: int, folder: Path) -> Iterator[None]:
-    """The shipped configuration with these addresses."""
+def balancer_file(kind: str, folder: Path, servers: list[str], port: int = 8080, metrics_port: int = 8404) -> Path:
+    """The shipped configuration with these addresses, written to `folder`."""
     text = FILES[kind].read_text()
+    listening = (":8080", f"127.0.0.1:{port}") if kind == "haproxy" else ("listen 8080", f"listen 127.0.0.1:{port}")
     for name, to in (
-        ("linocut-1:8000", f"127.0.0.1:{ports[0]}"),
-        ("linocut-2:8000", f"127.0.0.1:{ports[1]}"),
-        (":8080" if kind == "haproxy" else " 8080", f"{'' if kind == 'haproxy' else ' '}127.0.0.1:{port}"),
+        ("linocut-1:8000", servers[0]),
+        ("linocut-2:8000", servers[1]),
+        listening,
         ("127.0.0.1:8404", f"127.0.0.1:{metrics_port}"),
     ):
+        if name not in text and name != "127.0.0.1:8404":
+            raise ValueError(f"{FILES[kind]} has no {name}")
         text = text.replace(name, to)
     file = folder / FILES[kind].name
     file.write_text(text)
+    return file
+
+
+@contextlib.contextmanager
+def balancer(kind: str, ports: list[int], port: int, metrics_port: int, folder: Path) -> Iterator[None]:
+    file = balancer_file(kind, folder, [f"127.0.0.1:{number}" for number in ports], port, metrics_port)
     program = shutil.which(kind, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         sys.exit(f"no {kind} here (Debian: {kind})")
