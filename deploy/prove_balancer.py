@@ -5,7 +5,8 @@
 Runs balancer/haproxy.cfg (or balancer/nginx.conf) as it is shipped, but for the addresses, in front of two
 `linocut serve` with the embedded model. Clients ask without a pause, half of them for streams, while
 
-    nothing happens, a server is killed, an engine is killed, a server is told to stop (SIGTERM).
+    nothing happens, a server is killed, an engine is killed, a server is told to stop (SIGTERM):
+    each time the one with more requests.
 
 No request may be lost that no byte of an answer had come for; a stream that had begun ends whole or by an error that
 the client notices; SIGTERM breaks nothing. The counts go to standard output; the status is 1 if one of these fails.
@@ -43,7 +44,7 @@ SERVER += ["--drain-seconds", "3", "--shutdown-seconds", "90", "--log-level", "w
 SYSTEM = "You are a patient assistant who answers in short and friendly sentences, and who never makes things up. "
 SECONDS, CLIENTS, CONVERSATIONS = 30, 12, 8
 LEFT = 0.04  # share of clients that hang up
-COLUMNS = ("asked", "streams", "whole", "cut", "left", "lost", "truncated", "waiting", "streaming", "again")
+COLUMNS = ("asked", "streams", "whole", "cut", "left", "lost", "truncated", "waiting", "streaming", "there", "again")
 
 
 @dataclass
@@ -71,12 +72,18 @@ class Server:
         children = psutil.Process(self.process.pid).children(recursive=True)
         max(children, key=lambda child: child.memory_info().rss).kill()
 
+    def metrics(self) -> dict[str, float]:
+        text = httpx.get(f"http://127.0.0.1:{self.port}/metrics", timeout=30).text
+        return {name: float(value) for name, value in re.findall(r"^(\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)}
+
+    def in_flight(self) -> int:
+        return int(self.metrics()["linocut_choices_in_flight"])
+
     def idle(self) -> str:
         """What it still holds when nobody asks; empty if nothing."""
         deadline = time.monotonic() + 30
         while True:
-            text = httpx.get(f"http://127.0.0.1:{self.port}/metrics", timeout=30).text
-            found = {name: float(value) for name, value in re.findall(r"^(\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)}
+            found = self.metrics()
             flying = found["linocut_choices_in_flight"] + found["linocut_num_requests_running"]
             held = found["linocut_kv_pages"] - found["linocut_kv_pages_free"] - found["linocut_kv_pages_cached"]
             if flying == held == 0:
@@ -188,19 +195,27 @@ def _take_usage(content: dict[str, Any], call: Call) -> None:
         call.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
 
 
-@contextlib.contextmanager
-def balancer(kind: str, ports: list[int], port: int, metrics_port: int, folder: Path) -> Iterator[None]:
-    """The shipped configuration with these addresses."""
+def balancer_file(kind: str, folder: Path, servers: list[str], port: int = 8080, metrics_port: int = 8404) -> Path:
+    """The shipped configuration with these addresses, written to `folder`."""
     text = FILES[kind].read_text()
+    listening = (":8080", f"127.0.0.1:{port}") if kind == "haproxy" else ("listen 8080", f"listen 127.0.0.1:{port}")
     for name, to in (
-        ("linocut-1:8000", f"127.0.0.1:{ports[0]}"),
-        ("linocut-2:8000", f"127.0.0.1:{ports[1]}"),
-        (":8080" if kind == "haproxy" else " 8080", f"{'' if kind == 'haproxy' else ' '}127.0.0.1:{port}"),
+        ("linocut-1:8000", servers[0]),
+        ("linocut-2:8000", servers[1]),
+        listening,
         ("127.0.0.1:8404", f"127.0.0.1:{metrics_port}"),
     ):
+        if name not in text and name != "127.0.0.1:8404":
+            raise ValueError(f"{FILES[kind]} has no {name}")
         text = text.replace(name, to)
     file = folder / FILES[kind].name
     file.write_text(text)
+    return file
+
+
+@contextlib.contextmanager
+def balancer(kind: str, ports: list[int], port: int, metrics_port: int, folder: Path) -> Iterator[None]:
+    file = balancer_file(kind, folder, [f"127.0.0.1:{number}" for number in ports], port, metrics_port)
     program = shutil.which(kind, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         sys.exit(f"no {kind} here (Debian: {kind})")
@@ -251,39 +266,50 @@ def affinity(calls: list[Call]) -> str:
 def prove(kind: str, seconds: float, folder: Path) -> Iterator[str]:
     """Run it all and print the table; yields what must not be."""
     chance = random.Random(5)
-    one, two = servers = [Server(free_port(), folder / f"server-{number}.log") for number in (1, 2)]
-    events: dict[str, tuple[Server | None, Callable[[], None]]] = {
-        "nothing": (None, lambda: None),
-        "SIGKILL of a server": (one, lambda: one.send(signal.SIGKILL)),
-        "SIGKILL of an engine": (two, two.kill_engine),
-        "SIGTERM of a server": (one, lambda: one.send(signal.SIGTERM)),
+    servers = [Server(free_port(), folder / f"server-{number}.log") for number in (1, 2)]
+    events: dict[str, Callable[[Server], None] | None] = {
+        "nothing": None,
+        "SIGKILL of a server": lambda server: server.send(signal.SIGKILL),
+        "SIGKILL of an engine": Server.kill_engine,
+        "SIGTERM of a server": lambda server: server.send(signal.SIGTERM),
     }
     port, metrics_port = free_port(), free_port()
     try:
         for server in servers:
             server.start()
-        with balancer(kind, [one.port, two.port], port, metrics_port, folder):
+        with balancer(kind, [server.port for server in servers], port, metrics_port, folder):
             print("| event |", " | ".join(COLUMNS), "|")
             print("|---" * (1 + len(COLUMNS)) + "|", flush=True)
             before = asked_again(kind, metrics_port, [])
-            for event, (victim, during) in events.items():
+            for event, strike in events.items():
                 load = Load(f"http://127.0.0.1:{port}", chance)
+                there: list[tuple[int, Server]] = []
+
+                def during(strike: Any = strike, there: list[tuple[int, Server]] = there) -> None:
+                    if strike is not None:
+                        there.append(
+                            max(((server.in_flight(), server) for server in servers), key=lambda pair: pair[0])
+                        )
+                        strike(there[0][1])
+
                 moment = asyncio.run(load.run(during, seconds))
                 counts = count(load.calls, moment)
                 total = asked_again(kind, metrics_port, load.calls)
                 counts["again"] = total - before if kind == "haproxy" else total
                 before = total
+                counts["there"] = there[0][0] if there else 0
                 print(f"| {event} |", " | ".join(str(counts[name]) for name in COLUMNS), "|", flush=True)
-                if victim is None:
-                    said = affinity(load.calls)
                 yield from faults_of(event, load.calls)
-                if victim is not None:
-                    assert victim.process is not None
-                    status = victim.process.wait(120)
-                    if event.startswith("SIGTERM") and status != 0:
-                        yield f"{event}: it ended with {status}"
-                    victim.start()
-                    time.sleep(6)  # until the balancer sends to it again
+                if not there:
+                    said = affinity(load.calls)
+                    continue
+                victim = there[0][1]
+                assert victim.process is not None
+                status = victim.process.wait(120)
+                if event.startswith("SIGTERM") and status != 0:
+                    yield f"{event}: it ended with {status}"
+                victim.start()
+                time.sleep(6)  # until the balancer sends to it again
             print(f"\n{said}")
         yield from filter(None, (server.idle() for server in servers))
     finally:

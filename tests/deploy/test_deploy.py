@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import runpy
 import shutil
@@ -228,3 +229,25 @@ def test_nothing_is_killed_while_it_drains() -> None:
     for service in COMPOSE["services"].values():
         if service.get("profiles"):
             assert int(service["stop_grace_period"].rstrip("s")) >= draining + 15
+
+
+@pytest.mark.parametrize(("kind", "check"), [("haproxy", ["-c", "-f"]), ("nginx", ["-t", "-q", "-c"])])
+def test_balancers_read_their_configuration(
+    kind: str, check: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = shutil.which(kind, path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip(f"no {kind} here; Debian has it in the package of that name")
+    monkeypatch.syspath_prepend(str(DEPLOY))
+    from prove_balancer import balancer_file
+
+    file = balancer_file(kind, tmp_path, ["127.0.0.1:8001", "127.0.0.1:8002"])
+    done = subprocess.run([program, *check, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_balancers_send_to_the_same_servers_and_hide_their_metrics() -> None:
+    for name in ("haproxy.cfg", "nginx.conf"):
+        text = (DEPLOY / "balancer" / name).read_text()
+        assert re.findall(r"^ *server .*?(linocut-\d:\d+)", text, re.MULTILINE) == ["linocut-1:8000", "linocut-2:8000"]
+        assert "/metrics" in text
