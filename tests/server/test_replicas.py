@@ -166,6 +166,20 @@ def test_a_call_that_was_spread_fails_whole_and_leaves_nothing_on_the_engine_tha
         until(lambda: server.service.engine.in_flight == 0)
 
 
+def test_what_an_engine_had_in_its_cache_is_forgotten_with_it():
+    lives, dies, follows = FakeEngine(ANSWER), FakeEngine(ANSWER), FakeEngine(ANSWER)
+    with serving(Slot(dies, follows), lives) as server:
+        for beginning in (1, 2, 3):
+            ask(server, [beginning] * 100)
+        assert [add.prompt[0] for add in dies.adds] == [1, 3]
+        engines, before = server.service.engine.engines, server.service.engine.engines[0]
+        dies.die()
+        until(lambda: engines[0] is not before)
+        ask(server, [1] * 100)
+        assert [add.prompt[0] for add in lives.adds] == [2, 1]
+        assert not follows.adds
+
+
 def test_an_engine_that_hangs_is_replaced(pool):
     idle, hangs, follows = FakeEngine(ANSWER), FakeEngine(silence), FakeEngine(ANSWER)
     with serving(Slot(hangs, follows), idle, stall_seconds=0.2) as server:
