@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from .layout import StepInputs, StepLayout, StepShape, array_size, step_inputs
 MAX_TOKENS = 1024
 # Graphs kept; the least recently used one goes first.
 MAX_GRAPHS = 256
+
+log = logging.getLogger("linocut.engine")
 
 Step = Callable[[StepShape, StepInputs], Tensor]
 
@@ -37,6 +40,7 @@ class StepGraphs:
         self._step, self._device = step, device
         self._captured: OrderedDict[object, _Captured] = OrderedDict()
         self._seen: OrderedDict[object, None] = OrderedDict()
+        self._refused: set[object] = set()
         self._pool = torch.cuda.graph_pool_handle()
         self.replays = self.captures = self.padding = 0  # for the metrics
 
@@ -46,9 +50,9 @@ class StepGraphs:
         version: of all tensors that the step reads and writes beside its inputs; graphs of others are not used.
         """
         shape = layout.shape
-        if shape.tokens > MAX_TOKENS:
-            return None
         key = (shape, version)
+        if shape.tokens > MAX_TOKENS or key in self._refused:
+            return None
         captured = self._captured.get(key)
         if captured is None:
             if key not in self._seen:
@@ -56,13 +60,23 @@ class StepGraphs:
                 if len(self._seen) > 4 * MAX_GRAPHS:
                     self._seen.popitem(last=False)
                 return None
-            captured = self._capture(key, shape)
+            try:
+                captured = self._capture(key, shape)
+            except RuntimeError as error:
+                # Mostly memory: a graph keeps what its step takes. Without a graph the step may well fit.
+                log.warning("a step of %d positions runs without a graph: %s", shape.tokens, str(error)[:300])
+                self._refused.add(key)
+                return None
         self._captured.move_to_end(key)
         captured.array.copy_(torch.from_numpy(layout.array).pin_memory(), non_blocking=True)
         captured.graph.replay()
         self.replays += 1
         self.padding += shape.tokens - layout.tokens
         return captured.result
+
+    def clear(self) -> None:
+        """Forget all graphs: what they hold of a process group must be gone before it ends."""
+        self._captured.clear()
 
     def _capture(self, key: object, shape: StepShape) -> _Captured:
         while len(self._captured) >= MAX_GRAPHS:

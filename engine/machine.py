@@ -134,19 +134,21 @@ def available_memory() -> int:
 
 
 def share_machine(config: EngineConfig) -> EngineConfig:
-    """The configuration of one of several engines on this machine: a GPU of its own, or its part of the processors.
+    """The configuration of one of several engines on this machine: a GPU of its own for each of its ranks, or its part
+    of the processors.
 
     The GPUs are those from the configured one on. Raises ConfigError if there are not enough.
     """
     if config.replicas == 1:
         return config
-    first = choose_device(config)
+    first, ranks = choose_device(config), config.tensor_parallel_size
     if first.type == "cpu":
-        threads = config.threads or max(1, torch.get_num_threads() // config.replicas)
+        threads = config.threads or max(1, torch.get_num_threads() // (config.replicas * ranks))
         return msgspec.structs.replace(config, threads=threads)
-    needed = first.index + config.replicas
+    needed = first.index + config.replicas * ranks
     if needed > torch.cuda.device_count():
         raise ConfigError(
-            f"{config.replicas} replicas from {first} on need {needed} GPUs, not {torch.cuda.device_count()}"
+            f"{config.replicas} replicas of {ranks} GPUs from {first} on need {needed} GPUs, "
+            f"not {torch.cuda.device_count()}"
         )
-    return msgspec.structs.replace(config, device=f"cuda:{first.index + config.replica}")
+    return msgspec.structs.replace(config, device=f"cuda:{first.index + config.replica * ranks}")

@@ -114,7 +114,7 @@ class ModelRunner:
         width = span.targets.shape[1]
         if batch.logits is not None:
             seeding = None if traits.commits_blocks else span.seeding
-            mixer = Mixer(state, self.decoder.embedding, self.decoder.share) if shape.flags.smoothed else None
+            mixer = Mixer(state, self.decoder.mix, self.decoder.share) if shape.flags.smoothed else None
             found = self.sampler.propose(
                 state, hidden, batch.logits, seeding, self.decoder.logits, shape.flags, mixer=mixer
             )

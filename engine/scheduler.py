@@ -52,8 +52,7 @@ class Scheduler:
             self._release(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
-            if sequence.forwards:
-                self._forgets.append(sequence.order)
+            self._forgets.append(sequence.order)
         sequence.status = Status.FINISHED
 
     @property

@@ -8,6 +8,8 @@ Its first forward sees plain masks. (dInfer, arXiv 2510.08666; there `step` coun
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,9 +48,9 @@ def mixtures_at(state: RowState, slot: Tensor, offset: Tensor, place: Tensor) ->
 class Mixer:
     """Keeps what each row of logits says, mixed from the embedding, for the rows' next step."""
 
-    def __init__(self, state: RowState, embedding: Tensor, share: VocabShare) -> None:
-        """embedding: [width of the share, hidden]."""
-        self._state, self._embedding, self._share = state, embedding, share
+    def __init__(self, state: RowState, mix: Callable[[Tensor], Tensor], share: VocabShare) -> None:
+        """mix: [M, width of the share] -> [M, hidden], the product with the embedding (`Decoder.mix`)."""
+        self._state, self._mix, self._share = state, mix, share
 
     def __call__(self, rows: LogitRows, logits: Tensor) -> None:
         """logits: [M, width of the share] of `rows`, -inf where an id may not be chosen."""
@@ -58,7 +60,7 @@ class Mixer:
         )
         start, growth = torch.where(start < 0, START, start), torch.where(growth < 0, GROWTH, growth)
         alpha = torch.minimum(start + growth * state.step[rows.slot], most)
-        probability = self._share.softmax(logits).to(self._embedding.dtype)
-        mixture = self._share.ranks.sum(probability @ self._embedding) * alpha[:, None].to(self._embedding.dtype)
+        mixture = self._share.ranks.sum(self._mix(self._share.softmax(logits).to(kept.dtype)))
+        mixture = mixture * alpha[:, None].to(kept.dtype)
         # What the host reserved in vain, and what is not to be kept, goes to a column that nobody reads.
         kept[rows.slot, torch.where(rows.valid & (most > 0), rows.offset, kept.shape[1] - 1)] = mixture

@@ -222,5 +222,7 @@ def signed_seed(seed: int) -> int:
 def _ensure_stop_columns(state: RowState, count: int) -> None:
     missing = count - state.stops.shape[1]
     if missing > 0:
+        # In few steps: graphs of steps are captured for one width.
+        missing = (1 << (count - 1).bit_length()) - state.stops.shape[1]
         state.stops = pad(state.stops, (0, missing), value=-1)
         state.stops_from = pad(state.stops_from, (0, missing))

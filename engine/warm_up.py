@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import time
+from typing import Any
+
+import msgspec
 
 from .core import EngineCore
 from .counters import SchedulerCounters
@@ -33,18 +36,23 @@ def warm_up(core: EngineCore, decoding: DecodingParams | None = None, clients: t
     tokens = min(TOKENS, info.max_model_len - PROMPT[1])
     if tokens < 1:
         return
-    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    for count in clients:
-        # Twice: a shape is captured when it comes again.
-        for turn in range(2 * (count <= info.max_running)):
-            for index in range(count):
-                prompt = draw.choices(ids, k=draw.randint(*PROMPT))
-                name = f"warm-up-{count}-{turn}-{index}"
-                core.add(AddRequest(request_id=name, prompt=prompt, sampling=sampling, decoding=decoding))
-            while core.busy:
-                core.step()
+    # Greedy, and as a request is sampled that says nothing: the sampler's work is part of a shape.
+    usual = {"temperature": 1.0, **info.default_sampling}
+    for temperature in dict.fromkeys((0.0, usual["temperature"])):
+        fields: dict[str, Any] = {**usual, "max_tokens": tokens, "temperature": temperature}
+        sampling = msgspec.convert(fields, SamplingParams)
+        for count in clients:
+            # Twice: a shape is captured when it comes again.
+            for turn in range(2 * (count <= info.max_running)):
+                for index in range(count):
+                    prompt = draw.choices(ids, k=draw.randint(*PROMPT))
+                    name = f"warm-up-{temperature}-{count}-{turn}-{index}"
+                    core.add(AddRequest(request_id=name, prompt=prompt, sampling=sampling, decoding=decoding))
+                while core.busy:
+                    core.step()
     core.scheduler.prefix.clear()
     core.scheduler.prefix.query_tokens = core.scheduler.prefix.hit_tokens = 0
     core.scheduler.counters, core.clock = SchedulerCounters(), StepClock()
-    graphs = core.runner.graphs
-    log.info("warmed up in %.1f s: %d shapes of steps", time.perf_counter() - began, graphs.captures if graphs else 0)
+    if (graphs := core.runner.graphs) is not None:
+        log.info("warmed up in %.1f s: %d shapes of steps", time.perf_counter() - began, graphs.captures)
+        graphs.replays = graphs.captures = graphs.padding = 0

@@ -31,7 +31,8 @@ class Watchdog:
             if works and stats.forwards == self._forwards:
                 return  # it speaks, but nothing gets done
             self._forwards = stats.forwards
-        self._slowest = max(self._slowest, self._silence)
+        if self._forwards >= WARM_UP_FORWARDS:  # what was compiled before says nothing of later forwards
+            self._slowest = max(self._slowest, self._silence)
         self._silence = 0.0
 
     def wait(self, seconds: float) -> None:

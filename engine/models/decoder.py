@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -211,6 +212,15 @@ class Decoder:
     def all_logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] before the final norm -> [rows, vocab], from all ranks."""
         return self.share.whole(self.logits(hidden))
+
+    @cached_property
+    def mix(self) -> Linear:
+        """[rows, width of the share] -> [rows, hidden]: the product with the embedding, for those who mix it.
+
+        Packed as any other product is, so that on a CPU a row's result is the same beside other rows.
+        """
+        mixing = self.embedding.T
+        return pack_linear(mixing.contiguous() if mixing.device.type == "cpu" else mixing, None, "none")
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [rows, hidden] -> [rows, hidden]."""

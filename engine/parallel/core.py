@@ -91,4 +91,6 @@ class ParallelCore(EngineCore):
             raise EngineDead(f"a forward of {self._crew.ranks.size} ranks failed: {error}") from error
 
     def close(self) -> None:
+        if self.runner.graphs is not None:
+            self.runner.graphs.clear()
         self._crew.close()

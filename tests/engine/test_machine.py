@@ -37,9 +37,16 @@ def test_cards_are_those_from_the_configured_one_on() -> None:
 
 
 @pytest.mark.usefixtures("cards")
+def test_an_engine_of_several_ranks_has_as_many_cards() -> None:
+    assert [share(number, 2, tensor_parallel_size=2).device for number in range(2)] == ["cuda:0", "cuda:2"]
+    with pytest.raises(ConfigError, match="2 replicas of 3 GPUs from cuda:0 on need 6 GPUs, not 4"):
+        share(0, 2, tensor_parallel_size=3)
+
+
+@pytest.mark.usefixtures("cards")
 @pytest.mark.parametrize(("device", "replicas"), [("auto", 5), ("cuda:3", 2)])
 def test_too_few_cards_are_refused(device: str, replicas: int) -> None:
-    with pytest.raises(ConfigError, match=f"{replicas} replicas from cuda:. on need 5 GPUs, not 4"):
+    with pytest.raises(ConfigError, match=f"{replicas} replicas of 1 GPUs from cuda:. on need 5 GPUs, not 4"):
         share(0, replicas, device=device)
 
 
