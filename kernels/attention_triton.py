@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap_triton import follow, overlap
+
 if TYPE_CHECKING:
     from .attention import AttentionLayout
 
@@ -70,12 +72,14 @@ def choose_config(
 # Counts differ from batch to batch: compiling anew for each that is 1 or a multiple of 16 would stall requests.
 @triton.jit(do_not_specialize=["rows", "tokens", "tiles", "steps"])
 def _map_kernel(
-    start_ptr, map_ptr, rows, tokens, tiles, steps, POSITIONS: tl.constexpr, BLOCK: tl.constexpr
+    start_ptr, map_ptr, rows, tokens, tiles, steps,
+    POSITIONS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """map[tile] = (row, first query, number of queries). Row `rows` holds the padding tokens after the last row.
 
     Row r gets the tiles from start[r] // POSITIONS + r on: at least as many as it needs, found without a prefix sum.
     """
+    follow(OVERLAP)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros([BLOCK], tl.int32)  # the last row whose first tile is at most `tile`, by bisection
     high = tl.zeros([BLOCK], tl.int32) + rows + 1
@@ -141,9 +145,11 @@ def _attention_kernel(
     scratch_end_ptr, rows, tokens, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, page_row, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SCRATCH: tl.constexpr, UPCAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, kv_heads, splits). out: [tokens, HEADS, HEAD_DIM], or with splits [splits, tokens, HEADS, HEAD_DIM]
     float32, and best and total [splits, tokens, HEADS] float32."""
+    follow(OVERLAP)
     # The last tiles of a causal row have the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -209,9 +215,11 @@ def _attention_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _join_kernel(
-    part_ptr, best_ptr, total_ptr, out_ptr, count, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr
+    part_ptr, best_ptr, total_ptr, out_ptr, count,
+    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens * heads): the weighted mean of the splits' results."""
+    follow(OVERLAP)
     place = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, SPLITS).to(tl.int64) * count + place
     best = tl.load(best_ptr + places)
@@ -260,11 +268,19 @@ def triton_attention(
         GROUP=group, HEADS=heads, PAGE=page_size, HEAD_DIM=head_dim,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=config.splits > 1, SCRATCH=scratch,
         UPCAST=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **overlap(q.device),
     )  # fmt: skip
     if config.splits > 1:
         _join_kernel[(tokens * heads,)](
-            part, best, total, out, tokens * heads, SPLITS=config.splits, HEAD_DIM=head_dim, num_warps=4
+            part,
+            best,
+            total,
+            out,
+            tokens * heads,
+            SPLITS=config.splits,
+            HEAD_DIM=head_dim,
+            num_warps=4,
+            **overlap(q.device),
         )
     return out
 
@@ -278,7 +294,7 @@ def _tile_map(layout: AttentionLayout, positions: int, tokens: int) -> Tensor:
         found = torch.empty((tiles, 3), dtype=torch.int32, device=layout.query_start.device)
         _map_kernel[(triton.cdiv(tiles, _MAP_BLOCK),)](
             layout.query_start, found, rows, tokens, tiles, (rows + 1).bit_length(),
-            POSITIONS=positions, BLOCK=_MAP_BLOCK,
+            POSITIONS=positions, BLOCK=_MAP_BLOCK, **overlap(found.device),
         )  # fmt: skip
         layout.plans[key] = found
     result: Tensor = layout.plans[key]
