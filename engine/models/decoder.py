@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linocut.kernels.attention import AttentionLayout, staircase_attention
+from linocut.kernels.attention_flash import FlashAttention
 from linocut.kernels.backend import Backend
 from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
 from linocut.kernels.rope import rope_and_cache_write, rope_table
@@ -85,12 +86,13 @@ class Decoder:
         device: torch.device,
         quantization: Literal["none", "int8"],
         backend: Backend,
+        flash: FlashAttention | None = None,
         adapter_rank: int = 0,
         mask_id: int | None = None,
         draft_head: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.backbone, self.fused_norm, self.backend = backbone, fused_norm, backend
+        self.backbone, self.fused_norm, self.backend, self.flash = backbone, fused_norm, backend, flash
         self.dtype, self.device = dtype, device
         self.ranks, self.share = ranks, VocabShare(backbone.vocab, ranks)
         self.part = part_of(backbone, ranks.size)
@@ -191,7 +193,7 @@ class Decoder:
             q = rope_and_cache_write(q, k, v, self.rope, positions, slots, keys, values, backend=self.backend)
             if self.query_scale is not None:
                 q = q * self.query_scale.index_select(0, positions)
-            attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend)
+            attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend, flash=self.flash)
             attended = attended.reshape(attended.shape[0], -1)
             x = self.ranks.sum(_project(layer.output, attended, gate))
             x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
