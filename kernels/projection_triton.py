@@ -12,6 +12,7 @@ there are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .overlap_triton import FETCH_BYTES, fetch
+from .overlap_triton import FETCH_BYTES, fetch, overlap
 
 
 @dataclass(frozen=True)
@@ -158,22 +159,31 @@ def workspace(device: torch.device) -> Workspace:
     return _workspaces[device]
 
 
+def choose_config(features: int, inner: int) -> Config:
+    """From the shape of the weights alone, so that a row's sums are cut in one way however many rows there are."""
+    return Config(128, 128 if inner % 128 == 0 else 64, 1, 8, 4)
+
+
 def triton_projection(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    gated: bool,
-    config: Config,
-    processors: int,
-    overlap: bool = False,
+    *,
+    gated: bool = False,
+    config: Config | None = None,
+    processors: int | None = None,
     tma: bool = False,
+    **launch: bool,
 ) -> Tensor:
-    """`projection.project`, for `tokens` up to 128."""
+    """`projection.project`. processors: how many programs' worth of parts the weights are cut into."""
     tokens, inner = x.shape
     features = weight.shape[0] // (2 if gated else 1)
     out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
+    config = config or choose_config(features, inner)
+    processors = processors or _processors(x.device)
+    launch = launch or overlap(x.device)
     block_n = config.block_n // (2 if gated else 1)
     padded = max(16, triton.next_power_of_2(tokens))
     steps, tiles = inner // config.block_k, triton.cdiv(features, block_n)
@@ -192,7 +202,13 @@ def triton_projection(
         tokens, features, inner, one.stride(0), out.stride(0), steps, tiles * steps,
         GATED=gated, BIAS=bias is not None, TOKENS=padded, BLOCK_N=block_n, BLOCK_K=config.block_k,
         WIDE=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
-        num_warps=config.num_warps, num_stages=config.num_stages, OVERLAP=overlap, TMA=tma, raw_ptr=raw,
-        launch_pdl=overlap,
+        num_warps=config.num_warps, num_stages=config.num_stages, TMA=tma, raw_ptr=raw, **launch,
     )  # fmt: skip
     return out
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

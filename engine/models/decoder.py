@@ -23,7 +23,8 @@ from ..parallel.vocabulary import VocabShare
 from .adapter import MASK_EMBEDDING, Adapter, Gate, WeightsInParts, read_adapter
 from .backbone import Backbone
 from .draft_head import read_draft_head
-from .linear import pack_linear
+from .few_rows import FewRowsLinear, can_read_ahead
+from .linear import DenseLinear, pack_linear
 from .moe import MoeMlp
 from .names import NamedWeights
 
@@ -126,10 +127,13 @@ class Decoder:
         self.mask_id = mask_id
         self.mask_embedding = parts.get(MASK_EMBEDDING, (b.hidden,)) if adapter_rank else None
 
+        few_rows = backend == "triton" and can_read_ahead(device)
+
         def linear(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
             weight = torch.cat([parts.get(f"{name}.weight", (rows, inputs)) for name, rows in names])
             biases = [parts.get(f"{name}.bias", (rows,)) for name, rows in names] if bias else None
-            return pack_linear(weight, torch.cat(biases) if biases else None, quantization)
+            packed = pack_linear(weight, torch.cat(biases) if biases else None, quantization)
+            return FewRowsLinear.over(packed) if few_rows and isinstance(packed, DenseLinear) else packed
 
         def projection(at: str, names: list[tuple[str, int]], inputs: int, bias: bool) -> Projection:
             base, outputs = linear(names, inputs, bias), sum(rows for _, rows in names)
@@ -198,14 +202,21 @@ class Decoder:
             x = self.ranks.sum(_project(layer.output, attended, gate))
             x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
             if layer.gate_up is not None and layer.down is not None:
-                gated = silu_and_mul(_project(layer.gate_up, x, gate), backend=self.backend)
-                x = self.ranks.sum(_project(layer.down, gated, gate))
+                x = self.ranks.sum(_project(layer.down, self._gated(layer.gate_up, x, gate), gate))
             elif layer.moe is not None:
                 x = self.ranks.sum(layer.moe(x))
             if index + 1 < len(self.layers):
                 following = self.layers[index + 1].input_norm
                 x, residual = add_rms_norm(x, residual, following, b.norm_eps, self.fused_norm, backend=self.backend)
         return x + residual
+
+    def _gated(self, gate_up: Projection, x: Tensor, gate: Gate | None) -> Tensor:
+        """[tokens, hidden] -> silu(gate) * up, [tokens, intermediate]"""
+        if isinstance(gate_up, Adapter) and gate is None:
+            gate_up = gate_up.base
+        if isinstance(gate_up, FewRowsLinear):
+            return gate_up.gated(x)
+        return silu_and_mul(_project(gate_up, x, gate), backend=self.backend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] before the final norm -> [rows, width of the share] in the model's dtype."""
