@@ -54,7 +54,7 @@ class FlashAttention:
         """Whether a forward goes here rather than to the Triton kernel."""
         if layout.pattern == "any" or q.shape[0] == 0 or q.dtype not in (torch.bfloat16, torch.float16):
             return False
-        return self.everything or is_faster(layout)
+        return self.everything or is_faster(layout, q.shape[2])
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
         """`attention.staircase_attention`, for layouts whose pattern is known."""
@@ -79,9 +79,13 @@ class FlashAttention:
         return out
 
 
-def is_faster(layout: AttentionLayout) -> bool:
-    """Where it measured faster than the Triton kernel on an H200; from what the host knows."""
-    return layout.max_query >= 128
+def is_faster(layout: AttentionLayout, head_dim: int) -> bool:
+    """Where it measured faster than the Triton kernel on an H200, from what the host knows (docs/performance.md).
+
+    Wide rows are bound by arithmetic, which it overlaps with its softmax; few narrow ones on long contexts by how their
+    keys are dealt out. Smaller heads, and narrow rows on short contexts, gain nothing.
+    """
+    return head_dim >= 128 and (layout.max_query >= 32 or layout.max_visible > 2048)
 
 
 def _lengths(layout: AttentionLayout) -> tuple[Tensor, Tensor]:

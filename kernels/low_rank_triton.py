@@ -49,5 +49,5 @@ def triton_gated_low_rank(y: Tensor, h: Tensor, up: Tensor, rows: Tensor) -> Non
         y, h, up, rows.view(torch.uint8), tokens, out, rank, y.stride(0), h.stride(0), up.stride(0),
         ROWS=tile, COLUMNS=columns, RANK=max(16, triton.next_power_of_2(rank)), num_warps=4,
         UPCAST=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
-        **overlap(y.device),
+        **overlap(y.device, tokens),
     )  # fmt: skip
