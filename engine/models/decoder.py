@@ -99,8 +99,6 @@ class Decoder:
         b = backbone
         q_size, kv_size = b.heads * b.head_dim, b.kv_heads * b.head_dim
         self.scale = b.head_dim**-0.5
-        if b.heads % b.kv_heads:
-            raise ModelError(f"{b.heads} attention heads cannot share {b.kv_heads} key-value heads evenly")
         try:
             precision = torch.float32 if b.rope_float32 else dtype
             self.rope = rope_table(
