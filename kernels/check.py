@@ -1,7 +1,7 @@
-"""Check every Triton kernel on this machine's device against float64 or torch, then time it at 7B shapes.
+"""Check every Triton kernel on this machine's device against float64 or torch. `kernels.floors` times them.
 
-    python -m linocut.kernels.check [--device cuda] [--json FILE] [--tune]     on a GPU
-    python -m linocut.kernels.check --quick                                    a rehearsal in the interpreter, no times
+    python -m linocut.kernels.check [--device cuda] [--json FILE]     on a GPU
+    python -m linocut.kernels.check --quick                           a rehearsal in the interpreter
 
 Needs torch, triton and numpy. Exits with status 1 if a check fails.
 """
@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from .attention import staircase_attention
+from .attention_flash import FlashAttention, FlashUnavailableError, find_flash
 from .attention_oracle import staircase_attention_oracle
+from .attention_self_test import TOLERANCE, attention_error
 from .backend import Backend, default_backend
+from .experts import mix_experts
 from .filters import filter_cutoff
 from .interpreter import use_interpreter
 from .low_rank import gated_low_rank
@@ -34,6 +37,7 @@ from .statistics_oracle import statistics_oracle
 BACKENDS: tuple[Backend, Backend] = ("triton", "torch")
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32)
+EXPERT_TOLERANCE = {torch.bfloat16: 1e-1, torch.float16: 1e-2, torch.float32: 1e-3}
 ATTENTION_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 
 
@@ -137,6 +141,32 @@ def small_checks(device: str, quick: bool) -> Iterator[Outcome]:
         yield Outcome(f"rope, caches, {dtype}", difference(caches[0], caches[1]), 2 * exact)
 
 
+def expert_checks(device: str, quick: bool) -> Iterator[Outcome]:
+    count, hidden, intermediate = (4, 64, 40) if quick else (64, 2048, 768)
+    for dtype in DTYPES:
+        ups = (torch.randn(count, 2 * intermediate, hidden, device=device) * hidden**-0.5).to(dtype)
+        downs = (torch.randn(count, hidden, intermediate, device=device) * intermediate**-0.5).to(dtype)
+        for tokens in (1, 9) if quick else (1, 33, 700):
+            x = torch.randn(tokens, hidden, device=device).to(dtype)
+            experts = torch.rand(tokens, count, device=device).topk(4, dim=1).indices
+            weights = torch.rand(tokens, 4, device=device)
+            found, expected = (mix_experts(x, ups, downs, experts, weights, backend=b) for b in BACKENDS)
+            yield Outcome(f"experts, {tokens} tokens, {dtype}", difference(found, expected), EXPERT_TOLERANCE[dtype])
+
+
+def flash_checks(device: str) -> Iterator[Outcome]:
+    """FlashAttention, where it is installed."""
+    try:
+        flash = FlashAttention(find_flash(torch.device(device)), everything=True)
+    except FlashUnavailableError:
+        return
+    for heads, kv_heads, head_dim in ((28, 4, 128), (9, 3, 64), (32, 8, 128)):
+        for dtype in HALVES:
+            shape = (heads, kv_heads, head_dim, 16, dtype, torch.device(device))
+            label = f"flash attention ({flash.name}), {heads} heads of {head_dim}, {dtype}"
+            yield Outcome(label, attention_error(*shape, "triton", flash), TOLERANCE[dtype])
+
+
 def statistics_checks(device: str, quick: bool, backend: Backend = "triton") -> Iterator[Outcome]:
     rows, vocab = (6, 300) if quick else (64, 152_064)
     for dtype in DTYPES:
@@ -208,7 +238,7 @@ def self_test(device: str) -> list[Outcome]:
     torch.manual_seed(0)
     backend = default_backend(torch.device(device))
     outcomes = [*attention_checks(device, True, backend), *statistics_checks(device, True, backend)]
-    return outcomes if backend == "torch" else [*outcomes, *small_checks(device, True)]
+    return outcomes if backend == "torch" else [*outcomes, *small_checks(device, True), *expert_checks(device, True)]
 
 
 def run_checks(device: str, quick: bool) -> list[Outcome]:
@@ -217,10 +247,11 @@ def run_checks(device: str, quick: bool) -> list[Outcome]:
     families: list[Callable[[], Iterator[Outcome]]] = [
         lambda: attention_checks(device, quick),
         lambda: small_checks(device, quick),
+        lambda: expert_checks(device, quick),
         lambda: statistics_checks(device, quick),
     ]
     if device.startswith("cuda"):
-        families.append(lambda: capture_checks(device))
+        families += [lambda: capture_checks(device), lambda: flash_checks(device)]
     for family in families:
         for outcome in family():
             outcomes.append(outcome)
@@ -240,9 +271,8 @@ def run_checks(device: str, quick: bool) -> list[Outcome]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m linocut.kernels.check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", help="the device to check (default: cuda)")
-    parser.add_argument("--json", metavar="FILE", help="write checks and times to FILE")
+    parser.add_argument("--json", metavar="FILE", help="write the checks to FILE")
     parser.add_argument("--quick", action="store_true", help="small shapes on the CPU, in Triton's interpreter")
-    parser.add_argument("--tune", action="store_true", help="try other attention configurations at each timed shape")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.quick:
@@ -251,19 +281,11 @@ def main() -> int:
     elif not torch.cuda.is_available():
         parser.error("no CUDA device here; --quick rehearses on the CPU")
     outcomes = run_checks(arguments.device, arguments.quick)
-    times: list[dict[str, Any]] = []
-    if not arguments.quick:
-        from .check_times import time_kernels, tune_attention
-
-        times = time_kernels(arguments.device)
-        if arguments.tune:
-            times += tune_attention(arguments.device)
     if arguments.json:
         report = {
             "device": torch.cuda.get_device_name() if not arguments.quick else "interpreter",
             "torch": torch.__version__,
             "checks": [vars(outcome) | {"passed": outcome.passed} for outcome in outcomes],
-            "times": times,
         }
         with open(arguments.json, "w") as file:
             json.dump(report, file, indent=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .attention import AttentionLayout, staircase_attention
+from .attention_flash import FlashAttention
 from .backend import Backend
 from .experts import mix_experts
 from .norm import add_rms_norm, silu_and_mul
@@ -84,6 +85,7 @@ class Setting:
     backend: Backend
     quick: bool = False
     dtype: torch.dtype = torch.bfloat16
+    flash: FlashAttention | None = None
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
@@ -116,30 +118,45 @@ def attention_cases(setting: Setting, model: ModelShape) -> Iterator[Case]:
     for rows, width, context, causal in shapes:
         kind = "causal" if causal else "block"
         label = f"{rows} x {width} rows, context {context}, {kind}"
-        yield attention_case(setting, model, rows, width, context, causal, f"{model.name}, {label}")
+        label = f"{model.name}, {label}"
+        keys = 4 * rows * context * model.kv_heads * model.head_dim
+        seen = rows * (width * context - (width * (width - 1) // 2 if causal else 0))
+        flops = 4.0 * seen * model.heads * model.head_dim
+        moved = keys + 4 * rows * width * model.heads * model.head_dim
+        calls = attention_calls(setting, model, rows, width, context, causal)
+        yield Case("staircase attention", label, moved, flops, calls)
+        if setting.flash is not None:
+            calls = attention_calls(setting, model, rows, width, context, causal, setting.flash)
+            yield Case("the same by FlashAttention", label, moved, flops, calls)
 
 
-def attention_case(
-    setting: Setting, model: ModelShape, rows: int, width: int, context: int, causal: bool, label: str
-) -> Case:
-    """rows sequences of `width` queries at the end of `context` slots in shuffled pages."""
+def attention_calls(
+    setting: Setting,
+    model: ModelShape,
+    rows: int,
+    width: int,
+    context: int,
+    causal: bool,
+    flash: FlashAttention | None = None,
+) -> list[partial[Tensor]]:
+    """rows sequences of `width` queries at the end of `context` slots in shuffled pages, a cache for each call."""
     device, pages = setting.device, -(-context // PAGE)
     table = torch.randperm(rows * pages, device=device).int().view(rows, pages)
     visible = torch.full((rows, width), context, dtype=torch.int32, device=device)
     if causal:
         visible = visible - torch.arange(width - 1, -1, -1, dtype=torch.int32, device=device)
     starts = torch.arange(rows + 1, device=device).int() * width
-    layout = AttentionLayout(starts, table, visible.flatten(), None, None, width, context)
+    layout = AttentionLayout(
+        starts, table, visible.flatten(), None, None, width, context, pattern="causal" if causal else "block"
+    )
     q = setting.normal(rows * width, model.heads, model.head_dim)
     keys = 2 * rows * context * model.kv_heads * model.head_dim * 2
     caches = [setting.normal(2, rows * pages, PAGE, model.kv_heads, model.head_dim) for _ in range(setting.sets(keys))]
     scale = model.head_dim**-0.5
-    calls = [
-        partial(staircase_attention, q, cache[0], cache[1], layout, scale, backend=setting.backend) for cache in caches
+    return [
+        partial(staircase_attention, q, cache[0], cache[1], layout, scale, backend=setting.backend, flash=flash)
+        for cache in caches
     ]
-    seen = rows * (width * context - (width * (width - 1) // 2 if causal else 0))
-    flops = 4.0 * seen * model.heads * model.head_dim
-    return Case("staircase attention", label, keys + 4 * q.numel(), flops, calls)
 
 
 def small_cases(setting: Setting, model: ModelShape) -> Iterator[Case]:
