@@ -39,7 +39,7 @@ class MoeMlp:
         self._backend = backend
         gate = weights.get(f"{at}gate.weight", (config.count, hidden)).float()
         bias = weights.get(f"{at}gate.expert_bias", (config.count,)).float() if config.expert_bias != "none" else None
-        self.router = Router(pack_linear(gate, None, "none"), bias, config)
+        self.router = Router(pack_linear(gate, None, "none"), bias, config, backend)
 
         def gate_up(name: str, width: int) -> Tensor:
             return torch.cat([weights.get(f"{at}{name}{part}_proj.weight", (width, hidden)) for part in ("gate", "up")])
