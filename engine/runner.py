@@ -16,7 +16,7 @@ from .drafting import Drafter
 from .family import FamilyTraits
 from .flags import SamplingFlags, flags_of, is_smoothed
 from .flight import Flight
-from .graphs import MAX_TOKENS, StepGraphs
+from .graphs import StepGraphs, most_positions
 from .groups import no_statistics, span_of, stand, statistics_of
 from .layout import Group, StepInputs, StepLayout, StepShape, lay_out, step_inputs
 from .logit_rows import LogitRows, window_index
@@ -63,7 +63,8 @@ class ModelRunner:
         equipment: Equipment | None = None,
     ) -> None:
         self.decoder, self.cache, self.state, self.traits = decoder, cache, state, traits
-        self.graphs = StepGraphs(self.step, state.device) if graphs else None
+        self._most = most_positions(decoder.backbone.parameters)
+        self.graphs = StepGraphs(self.step, state.device, self._most) if graphs else None
         # Whether sizes of small steps are rounded up.
         self.rounding = graphs
         self.row_share = row_share
@@ -136,7 +137,7 @@ class ModelRunner:
         for some in {self._flags[row.slot] for row in plan.rows}:
             flags |= some
         # Larger forwards are prefill: there the device is the slower side anyway, and padding would cost.
-        small = sum(row.width + row.scratch for row in plan.rows) <= MAX_TOKENS
+        small = sum(row.width + row.scratch for row in plan.rows) <= self._most
         return lay_out(
             plan.rows,
             [self._windows[row.slot] for row in plan.rows],
