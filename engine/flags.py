@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from functools import lru_cache
+from functools import cache
 
 from .decoding.strategy import Needs, Strategy
 from .params import DecodingParams, SamplingParams
@@ -43,7 +43,7 @@ def flags_of(sampling: SamplingParams, decoding: DecodingParams, strategy: Strat
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kept(flags: SamplingFlags) -> SamplingFlags:
     return flags
 
