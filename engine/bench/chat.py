@@ -45,12 +45,10 @@ def read_chat(path: Path, folder: Path, count: int, room: int) -> ChatPrompts:
     """
     from transformers import AutoTokenizer
 
-    found = [messages for record in _records(path) if (messages := conversation(record))]
-    random.Random(SEED).shuffle(found)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids: list[list[int]] = []
     skipped = 0
-    for messages in found:
+    for messages in read_conversations(path):
         if len(ids) == count:
             break
         if tokenizer.chat_template:
@@ -65,6 +63,13 @@ def read_chat(path: Path, folder: Path, count: int, room: int) -> ChatPrompts:
     if not ids:
         raise ConfigError(f"{path} holds no prompt of at most {room} tokens in {', '.join(_FIELDS)}")
     return ChatPrompts(path.name, ids, skipped)
+
+
+def read_conversations(path: Path) -> list[list[Message]]:
+    """The conversations of a file in the order in which they are drawn. Raises ConfigError."""
+    found = [messages for record in _records(path) if (messages := conversation(record))]
+    random.Random(SEED).shuffle(found)
+    return found
 
 
 def conversation(record: dict[str, Any]) -> list[Message]:

@@ -1,0 +1,168 @@
+"""What a step costs while a fixed number of sequences decode: seen from the host, and on the device."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from ..core import EngineCore
+from ..flight import Flight
+from ..messages import Abort, AddRequest, EngineStats
+from ..params import DecodingParams, SamplingParams
+from ..plan import StepPlan
+from ..runner import ModelRunner
+
+# Steps before the first one that counts.
+_LEAD = 3
+
+
+@dataclass(frozen=True)
+class Steady:
+    """Steps of an engine at a steady load.
+
+    step_ms: median time from one step's return to the next one's. device_ms: median on the device, from its first kernel
+    to its last; gap_ms: median from a step's last kernel to the next one's first. Both None on the CPU.
+    positions: rows of a forward, on average. tokens_per_forward: of a sequence. replays: share of the steps that replayed
+    a graph.
+    """
+
+    sequences: int
+    context: int
+    steps: int
+    seconds: float
+    step_ms: float
+    device_ms: float | None
+    gap_ms: float | None
+    positions: float
+    tokens_per_second: float
+    tokens_per_forward: float
+    replays: float
+
+
+class DeviceClock:
+    """Stands in for an engine's runner and notes when each launch begins and ends on the device, without waiting."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def launch(self, plan: StepPlan) -> Flight | None:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        flight = self._runner.launch(plan)
+        last.record()
+        self._events.append((first, last))
+        return flight
+
+    def times(self) -> tuple[list[float], list[float]]:
+        """Milliseconds within and between the launches so far."""
+        torch.cuda.synchronize(self._runner.state.device)
+        within = [first.elapsed_time(last) for first, last in self._events]
+        between = [one[1].elapsed_time(two[0]) for one, two in zip(self._events, self._events[1:], strict=False)]
+        return within, between
+
+
+def measure_steady(
+    core: EngineCore,
+    decoding: DecodingParams,
+    sequences: int,
+    context: int,
+    *,
+    cycle: int = 1,
+    seconds: float = 1.0,
+    most: int = 96,
+    warm_seconds: float = 4.0,
+) -> Steady:
+    """Let `sequences` prompts of `context` random tokens decode, and time whole cycles of `cycle` steps.
+
+    At least one cycle is timed, and as many as take `seconds`, but at most `most` steps. Before that cycles run until
+    none captures a graph any more, or for `warm_seconds`. Raises RuntimeError if a sequence ends meanwhile.
+    """
+    names = _admit(core, decoding, sequences, context)
+    try:
+        while core.scheduler.waiting or any(s.prefilling for s in core.scheduler.running):
+            core.step()
+        pace = _warm(core, cycle, warm_seconds)
+        cycles = max(1, min(round(seconds / max(pace * cycle, 1e-9)), most // cycle))
+        result = _timed(core, sequences, context, cycles * cycle)
+        if len(core.scheduler.running) != sequences:
+            raise RuntimeError(f"{sequences - len(core.scheduler.running)} of {sequences} sequences ended, or waited")
+        return result
+    finally:
+        for name in names:
+            core.abort(Abort(request_id=name))
+        while core.busy:
+            core.step()
+        core.scheduler.prefix.clear()
+
+
+def _admit(core: EngineCore, decoding: DecodingParams, sequences: int, context: int) -> list[str]:
+    rng = random.Random(sequences)
+    sampling = SamplingParams(max_tokens=core.info.max_model_len - context, temperature=0.0, ignore_eos=True)
+    names = [f"steady-{index}" for index in range(sequences)]
+    for name in names:
+        prompt = rng.choices(range(core.info.vocab_size), k=context)
+        core.add(AddRequest(request_id=name, prompt=prompt, sampling=sampling, decoding=decoding))
+    return names
+
+
+def _warm(core: EngineCore, cycle: int, seconds: float) -> float:
+    """Returns seconds a step of the last cycle."""
+    for _ in range(_LEAD):
+        core.step()
+    began = time.perf_counter()
+    while True:
+        captures, start = core.stats().graph_captures, time.perf_counter()
+        turns = max(cycle, 4)
+        for _ in range(turns):
+            core.step()
+        now = time.perf_counter()
+        # A shape is captured when it comes again, so that it takes a cycle in which none is.
+        settled = core.stats().graph_captures == captures and core.stats().graph_forwards > 0
+        if settled or now - began > seconds or core.runner.graphs is None:
+            return (now - start) / turns
+
+
+def _timed(core: EngineCore, sequences: int, context: int, steps: int) -> Steady:
+    runner = core.runner
+    clock = DeviceClock(runner) if runner.state.device.type == "cuda" else None
+    if clock is not None:
+        core.runner = cast(ModelRunner, clock)
+    before, tokens = core.stats(), 0
+    stamps = [time.perf_counter()]
+    try:
+        for _ in range(steps):
+            tokens += sum(len(output.token_ids) for output in core.step())
+            stamps.append(time.perf_counter())
+    finally:
+        core.runner = runner
+    after = core.stats()
+    within, between = clock.times() if clock is not None else ([], [])
+    took = [later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)]
+    forwards = after.forwards - before.forwards
+    rows = after.forward_rows.total - before.forward_rows.total
+    return Steady(
+        sequences=sequences,
+        context=context,
+        steps=steps,
+        seconds=stamps[-1] - stamps[0],
+        step_ms=statistics.median(took) * 1e3,
+        device_ms=statistics.median(within) if within else None,
+        gap_ms=statistics.median(between) if between else None,
+        positions=(_positions(after) - _positions(before)) / max(forwards, 1),
+        tokens_per_second=tokens / (stamps[-1] - stamps[0]),
+        tokens_per_forward=tokens / max(rows, 1),
+        replays=(after.graph_forwards - before.graph_forwards) / steps,
+    )
+
+
+def _positions(stats: EngineStats) -> int:
+    return stats.prefill_positions + stats.commit_positions + stats.denoise_positions
