@@ -14,8 +14,8 @@ from .generation import bench_prompts
 
 @dataclass(frozen=True)
 class Prefill:
-    """Prompts given at once. first_token_s: of a prompt, their mean; seconds: until the last one's first token; both the
-    median of the repeats."""
+    """Prompts given at once. first_token_s: of a prompt, their mean; seconds: until the last one's first token; of both
+    the median of the repeats."""
 
     sequences: int
     prompt: int

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -14,21 +15,21 @@ from ..core import EngineCore
 from ..flight import Flight
 from ..messages import Abort, AddRequest, EngineStats
 from ..params import DecodingParams, SamplingParams
-from ..plan import StepPlan
 from ..runner import ModelRunner
 
-# Steps before the first one that counts.
+# Steps before the first one that counts: a few, and at most so many until all graphs are captured.
 _LEAD = 3
+_WARM_STEPS = 96
 
 
 @dataclass(frozen=True)
 class Steady:
     """Steps of an engine at a steady load.
 
-    step_ms: median time from one step's return to the next one's. device_ms: median on the device, from its first kernel
-    to its last; gap_ms: median from a step's last kernel to the next one's first. Both None on the CPU.
-    positions: rows of a forward, on average. tokens_per_forward: of a sequence. replays: share of the steps that replayed
-    a graph.
+    step_ms: median time from one step's return to the next one's. device_ms: median on the device, from a launch's
+    first kernel to its last; gap_ms: median from there to the next launch's first kernel. Both None on the CPU.
+    positions: rows of a forward, on average. tokens_per_forward: of a sequence. replays: share of the steps that
+    replayed a graph.
     """
 
     sequences: int
@@ -54,10 +55,10 @@ class DeviceClock:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def launch(self, plan: StepPlan) -> Flight | None:
+    def launch(self, *arguments: Any, **named: Any) -> Flight | None:
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
-        flight = self._runner.launch(plan)
+        flight = self._runner.launch(*arguments, **named)
         last.record()
         self._events.append((first, last))
         return flight
@@ -66,7 +67,7 @@ class DeviceClock:
         """Milliseconds within and between the launches so far."""
         torch.cuda.synchronize(self._runner.state.device)
         within = [first.elapsed_time(last) for first, last in self._events]
-        between = [one[1].elapsed_time(two[0]) for one, two in zip(self._events, self._events[1:], strict=False)]
+        between = [one[1].elapsed_time(two[0]) for one, two in pairwise(self._events)]
         return within, between
 
 
@@ -78,13 +79,14 @@ def measure_steady(
     *,
     cycle: int = 1,
     seconds: float = 1.0,
-    most: int = 96,
-    warm_seconds: float = 4.0,
+    most: int = 128,
+    warm_seconds: float = 3.0,
 ) -> Steady:
     """Let `sequences` prompts of `context` random tokens decode, and time whole cycles of `cycle` steps.
 
-    At least one cycle is timed, and as many as take `seconds`, but at most `most` steps. Before that cycles run until
-    none captures a graph any more, or for `warm_seconds`. Raises RuntimeError if a sequence ends meanwhile.
+    At least one cycle is timed, and as many as take `seconds`, but at most `most` steps. Before that, steps run until
+    two cycles are over and none captures a graph any more, or for `warm_seconds`. Raises RuntimeError if a sequence
+    ends meanwhile.
     """
     names = _admit(core, decoding, sequences, context)
     try:
@@ -115,19 +117,20 @@ def _admit(core: EngineCore, decoding: DecodingParams, sequences: int, context: 
 
 
 def _warm(core: EngineCore, cycle: int, seconds: float) -> float:
-    """Returns seconds a step of the last cycle."""
+    """Step until nothing is captured any more; returns seconds a step of the last steps."""
     for _ in range(_LEAD):
         core.step()
-    began = time.perf_counter()
+    began, steps = time.perf_counter(), 0
     while True:
-        captures, start = core.stats().graph_captures, time.perf_counter()
-        turns = max(cycle, 4)
+        before, start = core.stats(), time.perf_counter()
+        turns = min(max(cycle, 4), 8)
         for _ in range(turns):
             core.step()
-        now = time.perf_counter()
-        # A shape is captured when it comes again, so that it takes a cycle in which none is.
-        settled = core.stats().graph_captures == captures and core.stats().graph_forwards > 0
-        if settled or now - began > seconds or core.runner.graphs is None:
+        after, now = core.stats(), time.perf_counter()
+        steps += turns
+        # A shape is captured when it comes again; forwards that are too large never are.
+        replayed, captured = after.graph_forwards > before.graph_forwards, after.graph_captures > before.graph_captures
+        if not replayed or now - began > seconds or (steps >= 2 * cycle and not captured) or steps >= _WARM_STEPS:
             return (now - start) / turns
 
 
@@ -146,7 +149,7 @@ def _timed(core: EngineCore, sequences: int, context: int, steps: int) -> Steady
         core.runner = runner
     after = core.stats()
     within, between = clock.times() if clock is not None else ([], [])
-    took = [later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)]
+    took = [later - earlier for earlier, later in pairwise(stamps)]
     forwards = after.forwards - before.forwards
     rows = after.forward_rows.total - before.forward_rows.total
     return Steady(

@@ -1,4 +1,4 @@
-"""The ways of decoding a Qwen2.5-7B that are measured side by side: block diffusion of two families, verified drafts."""
+"""The ways of decoding a Qwen2.5-7B that are measured side by side: blocks of two families, verified drafts."""
 
 from __future__ import annotations
 

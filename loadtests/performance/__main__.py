@@ -3,7 +3,7 @@
     python -m loadtests.performance run FOLDER --prompts mt_bench_questions.jsonl
         [--only forwards,curve,prefill,clients,http] [--tasks fast-dllm-v2,sdar-4,sdar-8,converted,embedded,http]
         [--seconds 150] [--quick] [--tiny] [--model FOLDER] [--device cuda]
-    python -m loadtests.performance table FOLDER > TABLES.md
+    python -m loadtests.performance table FOLDER [--into docs/performance.md]
 
 Each task runs in a process of its own, is ended after `--seconds` and a third, and writes FOLDER/TASK.json row by row.
 The peer is `python -m loadtests.performance.vllm_peer`. --tiny puts a network of two layers in the place of the 7B
@@ -104,9 +104,14 @@ def _names(text: str | None, known: tuple[str, ...], option: str) -> list[str]:
 
 
 def table(arguments: argparse.Namespace) -> int:
-    from .tables import tables
+    """The tables, printed or put into a document."""
+    from .tables import put_into, tables
 
-    print(tables(arguments.folder), end="")
+    text = tables(arguments.folder)
+    if arguments.into is None:
+        print(text, end="")
+    else:
+        arguments.into.write_text(put_into(arguments.into.read_text(), text))
     return 0
 
 
@@ -122,6 +127,7 @@ def main() -> int:
             command.add_argument("task", choices=TASKS)
         command.add_argument("folder", type=Path)
         if name == "table":
+            command.add_argument("--into", type=Path, metavar="FILE", help="between the lines of it that say so")
             continue
         command.add_argument("--only", help="parts, with commas")
         command.add_argument("--tasks", help="with commas; default: all")

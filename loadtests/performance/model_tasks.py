@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from linocut.engine.bench.chat import read_chat, read_conversations
+import httpx
+
+from linocut.engine.bench.chat import read_chat
 from linocut.engine.bench.closed_loop import run_clients
 from linocut.engine.bench.prefill import measure_prefill
 from linocut.engine.bench.run import machine
@@ -17,11 +21,12 @@ from linocut.engine.core import EngineCore
 from linocut.engine.decoding.parameters import resolve
 from linocut.engine.loading import load_model
 from linocut.engine.models.source import resolve_model
+from linocut.engine.params import DecodingParams
 from linocut.engine.warm_up import warm_up
 
 from ..serving import served
 from .settings import Settings
-from .sheet import Sheet
+from .sheet import Row, Sheet
 from .streams import run_streams
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -31,8 +36,15 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 # Prompt and answer; MT-bench's longest question takes a third of it.
 MAX_MODEL_LEN = 1024
+# Concurrent requests whose shapes are captured before anything is timed.
+WARM = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # What the vLLM peer is given, so that both answer the same prompts.
 PROMPTS = "prompts.ids"
+
+
+def _valid(names: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Those that a model has."""
+    return [(name, asked) for name, asked in STRATEGIES.items() if asked["strategy"] in names]
 
 
 def run_offline(settings: Settings, path: Path, deadline: float) -> None:
@@ -51,33 +63,34 @@ def run_offline(settings: Settings, path: Path, deadline: float) -> None:
     chat = read_chat(settings.prompts, folder, 1000, MAX_MODEL_LEN - settings.tokens)
     path.with_name(PROMPTS).write_text(json.dumps({"tokens": settings.tokens, "ids": chat.ids}))
     sheet.note(settings=settings.as_dict(), prompts=chat.as_dict(), cuda_graphs=core.runner.graphs is not None)
-    for name, asked in STRATEGIES.items():
+    for name, asked in _valid(core.info.strategies):
         decoding = resolve(core.info, asked)
         if core.runner.graphs is not None:
-            warm_up(core, decoding, tuple(n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= max(settings.clients)))
+            warm_up(core, decoding, tuple(count for count in WARM if count <= max(settings.clients)))
         if name == "autoregressive" and "prefill" in settings.parts:
             for count in settings.prefills:
-
-                def prefill(count: int = count) -> dict[str, Any]:
-                    found = measure_prefill(core, decoding, count, settings.prompt)
-                    return {**asdict(found), "tokens_per_second": found.tokens_per_second}
-
-                sheet.attempt(prefill, point="prefill", mode=name, asked=count)
-        for clients in settings.clients if "clients" in settings.parts else ():
-
-            def measure(clients: int = clients) -> dict[str, Any]:
-                requests = settings.asked(clients)
-                # Shapes that only this load has are met before they are timed.
-                run_clients(core, decoding, chat.ids, clients, requests, settings.tokens // 4)
-                found = run_clients(core, decoding, chat.ids, clients, requests, settings.tokens)
-                return {
-                    **asdict(found),
-                    "tokens_per_second": found.tokens_per_second,
-                    "tokens_per_forward": found.tokens / max(found.forwards, 1),
-                }
-
-            sheet.attempt(measure, point="clients", mode=name, asked=clients)
+                measure = partial(_prefill, core, decoding, settings, count)
+                sheet.attempt(measure, point="prefill", mode=name, asked=count)
+        for count in settings.clients if "clients" in settings.parts else ():
+            measure = partial(_answers, core, decoding, settings, chat.ids, count)
+            sheet.attempt(measure, point="clients", mode=name, asked=count)
     sheet.note(finished=True)
+
+
+def _prefill(core: EngineCore, decoding: DecodingParams, settings: Settings, count: int) -> Row:
+    found = measure_prefill(core, decoding, count, settings.prompt)
+    return {**asdict(found), "tokens_per_second": found.tokens_per_second}
+
+
+def _answers(
+    core: EngineCore, decoding: DecodingParams, settings: Settings, prompts: list[list[int]], clients: int
+) -> Row:
+    requests = settings.asked(clients)
+    # Shapes that only this load has are met before they are timed.
+    run_clients(core, decoding, prompts, clients, requests, settings.tokens // 4)
+    found = run_clients(core, decoding, prompts, clients, requests, settings.tokens)
+    per_forward = found.tokens / max(found.forwards, 1)
+    return {**asdict(found), "tokens_per_second": found.tokens_per_second, "tokens_per_forward": per_forward}
 
 
 def run_http(settings: Settings, path: Path, deadline: float) -> None:
@@ -88,22 +101,19 @@ def run_http(settings: Settings, path: Path, deadline: float) -> None:
     options += ["--no-prefix-caching", "--device", settings.device, "--log-level", "warning"]
     folder = str(resolve_model(settings.model))
     sheet.note(settings=settings.as_dict(), processors=os.cpu_count())
-    prompts = read_conversations(settings.prompts)
+    chat = read_chat(settings.prompts, Path(folder), 1000, MAX_MODEL_LEN - settings.tokens)
     with served(None, folder, "--served-model-name", "it", *options) as server:
-        for name, asked in STRATEGIES.items():
+        card = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]
+        for name, asked in _valid(card["diffusion"]["strategies"]):
             body = {"model": "it", "temperature": 0, "max_tokens": settings.tokens, "diffusion": asked}
-            bodies = [{**body, "messages": messages} for messages in prompts]
-            short = [{**body, "max_tokens": settings.tokens // 4} for body in bodies]
-            for clients in settings.clients:
-
-                def measure(
-                    clients: int = clients, bodies: list[Any] = bodies, short: list[Any] = short
-                ) -> dict[str, Any]:
-                    requests = settings.asked(clients)
-                    run_streams(server.url, short, clients, requests)
-                    return run_streams(server.url, bodies, clients, requests).as_dict()
-
-                sheet.attempt(measure, point="http", mode=name, asked=clients)
+            bodies = [{**body, "messages": messages} for messages in chat.messages]
+            for count in settings.clients:
+                measure = partial(_streams, server.url, bodies, settings, count)
+                sheet.attempt(measure, point="http", mode=name, asked=count)
     sheet.note(finished=True)
 
 
+def _streams(url: str, bodies: list[Row], settings: Settings, clients: int) -> Row:
+    requests = settings.asked(clients)
+    run_streams(url, [{**body, "max_tokens": settings.tokens // 4} for body in bodies], clients, requests)
+    return run_streams(url, bodies, clients, requests).as_dict()

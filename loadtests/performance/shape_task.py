@@ -22,8 +22,8 @@ from linocut.engine.loading import load_model
 from .settings import Settings
 from .sheet import Sheet
 
-# Positions behind the context that rows may fill while they are timed.
-_ROOM = 1024
+# Tokens that a row may write while it is timed, several in each of its steps, or one.
+_ROOM, _LITTLE = 1280, 320
 
 
 def run_shape(name: str, settings: Settings, path: Path, deadline: float) -> None:
@@ -66,7 +66,7 @@ def _load(variant: Variant, settings: Settings) -> EngineCore:
             device=settings.device,
             dtype="float32" if settings.tiny else "bfloat16",
             max_running=max(*settings.sequences, *settings.clients),
-            max_model_len=max(*settings.contexts, settings.curve_context) + 2 * _ROOM,
+            max_model_len=max(*settings.contexts, settings.curve_context) + _ROOM,
         )
         return EngineCore(load_model(config))
 
@@ -83,9 +83,7 @@ def _prefill(core: EngineCore, variant: Variant, settings: Settings, sheet: Shee
         sheet.attempt(measure, point="prefill", mode=mode, asked=count)
 
 
-def _forwards(
-    core: EngineCore, pace: Pace, variant: Variant, settings: Settings, sheet: Sheet, context: int
-) -> None:
+def _forwards(core: EngineCore, pace: Pace, variant: Variant, settings: Settings, sheet: Sheet, context: int) -> None:
     """A forward's cost: of grids, with one position decided in each; of `verify`, with drafts that are often right."""
     for mode, asked in variant.modes.items():
         tokens = 3.0 if asked["strategy"] == "verify" else 1.0
@@ -107,13 +105,14 @@ def _steady(
     block = core.traits.block_size
     context = max(context // block, 1) * block
     # 256 contexts of 8k positions do not fit beside the weights: then as many as do.
-    fitting = core.scheduler.pool.total // -(-(context + _ROOM) // core.info.page_size)
+    room = _LITTLE if at.wanted == 1 else _ROOM
+    fitting = core.scheduler.pool.total // -(-(context + room) // core.info.page_size)
     sequences = min(count, fitting)
 
     def measure() -> dict[str, Any]:
         decoding = first_of(pace, at)
-        # A forward of thousands of positions repeats itself; blocks need whole cycles to count their tokens.
-        cycle = at.cycle if point == "curve" else min(at.cycle, 16)
+        # Whole cycles, where tokens are counted.
+        cycle = at.cycle if point == "curve" else min(at.cycle, 8)
         found: Steady = measure_steady(
             core, decoding, sequences, context, cycle=cycle, seconds=settings.seconds, warm_seconds=settings.warm
         )

@@ -1,4 +1,4 @@
-"""Streaming chat clients in processes of their own, so that they cost the server no time: they ask, and count tokens."""
+"""Streaming chat clients in processes of their own, so that they cost the server no time. They ask and count tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Streamed:
-    """What the clients got. seconds: from the first request to the last answer; first_token_s: median of the requests."""
+    """What the clients got. seconds: from the first request to the last answer. first_token_s: their median."""
 
     clients: int
     requests: int
@@ -113,11 +113,14 @@ async def _client(
 async def _answer(reader: asyncio.StreamReader) -> tuple[float, int]:
     """When the first text came, and the tokens that the last event counts. Raises RuntimeError."""
     status = await reader.readline()
-    chunked = False
+    chunked, length = False, 0
     while (line := await reader.readline()) not in (b"\r\n", b""):
-        chunked = chunked or line.lower().startswith(b"transfer-encoding: chunked")
+        name, _, value = line.lower().partition(b":")
+        chunked = chunked or (name == b"transfer-encoding" and b"chunked" in value)
+        length = int(value) if name == b"content-length" else length
     if not status.startswith(b"HTTP/1.1 200") or not chunked:
-        raise RuntimeError(f"the server answered {status.decode(errors='replace').strip() or 'nothing'}")
+        body = await reader.readexactly(length)
+        raise RuntimeError(f"the server answered {(status.strip() + b': ' + body[:300]).decode(errors='replace')}")
     first: float | None = None
     tokens: int | None = None
     rest = b""
