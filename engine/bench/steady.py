@@ -28,8 +28,8 @@ class Steady:
 
     step_ms: median time from one step's return to the next one's. device_ms: median on the device, from a launch's
     first kernel to its last; gap_ms: median from there to the next launch's first kernel. Both None on the CPU.
-    positions: rows of a forward, on average. tokens_per_forward: of a sequence. replays: share of the steps that
-    replayed a graph.
+    positions: rows of a forward, on average, and padding: those beyond them that fill up a graph's size.
+    tokens_per_forward: of a sequence. replays: share of the steps that replayed a graph.
     """
 
     sequences: int
@@ -40,6 +40,7 @@ class Steady:
     device_ms: float | None
     gap_ms: float | None
     positions: float
+    padding: float
     tokens_per_second: float
     tokens_per_forward: float
     replays: float
@@ -161,6 +162,7 @@ def _timed(core: EngineCore, sequences: int, context: int, steps: int) -> Steady
         device_ms=statistics.median(within) if within else None,
         gap_ms=statistics.median(between) if between else None,
         positions=(_positions(after) - _positions(before)) / max(forwards, 1),
+        padding=(after.padding_positions - before.padding_positions) / steps,
         tokens_per_second=tokens / (stamps[-1] - stamps[0]),
         tokens_per_forward=tokens / max(rows, 1),
         replays=(after.graph_forwards - before.graph_forwards) / steps,

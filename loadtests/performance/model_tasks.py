@@ -22,7 +22,6 @@ from linocut.engine.decoding.parameters import resolve
 from linocut.engine.loading import load_model
 from linocut.engine.models.source import resolve_model
 from linocut.engine.params import DecodingParams
-from linocut.engine.warm_up import warm_up
 
 from ..serving import served
 from .settings import Settings
@@ -36,8 +35,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 # Prompt and answer; MT-bench's longest question takes a third of it.
 MAX_MODEL_LEN = 1024
-# Concurrent requests whose shapes are captured before anything is timed.
-WARM = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # What the vLLM peer is given, so that both answer the same prompts.
 PROMPTS = "prompts.ids"
 
@@ -65,8 +62,6 @@ def run_offline(settings: Settings, path: Path, deadline: float) -> None:
     sheet.note(settings=settings.as_dict(), prompts=chat.as_dict(), cuda_graphs=core.runner.graphs is not None)
     for name, asked in _valid(core.info.strategies):
         decoding = resolve(core.info, asked)
-        if core.runner.graphs is not None:
-            warm_up(core, decoding, tuple(count for count in WARM if count <= max(settings.clients)))
         if name == "autoregressive" and "prefill" in settings.parts:
             for count in settings.prefills:
                 measure = partial(_prefill, core, decoding, settings, count)
@@ -86,8 +81,7 @@ def _answers(
     core: EngineCore, decoding: DecodingParams, settings: Settings, prompts: list[list[int]], clients: int
 ) -> Row:
     requests = settings.asked(clients)
-    # Shapes that only this load has are met before they are timed.
-    run_clients(core, decoding, prompts, clients, requests, settings.tokens // 4)
+    run_clients(core, decoding, prompts, clients, requests, _rehearsed(settings, clients))
     found = run_clients(core, decoding, prompts, clients, requests, settings.tokens)
     per_forward = found.tokens / max(found.forwards, 1)
     return {**asdict(found), "tokens_per_second": found.tokens_per_second, "tokens_per_forward": per_forward}
@@ -113,7 +107,13 @@ def run_http(settings: Settings, path: Path, deadline: float) -> None:
     sheet.note(finished=True)
 
 
+def _rehearsed(settings: Settings, clients: int) -> int:
+    """Tokens of the answers before the timed ones, in which graphs of the load's shapes are captured."""
+    return settings.tokens if clients > 1 else settings.tokens // 4
+
+
 def _streams(url: str, bodies: list[Row], settings: Settings, clients: int) -> Row:
     requests = settings.asked(clients)
-    run_streams(url, [{**body, "max_tokens": settings.tokens // 4} for body in bodies], clients, requests)
+    rehearsed = _rehearsed(settings, clients)
+    run_streams(url, [{**body, "max_tokens": rehearsed} for body in bodies], clients, requests)
     return run_streams(url, bodies, clients, requests).as_dict()

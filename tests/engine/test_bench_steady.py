@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from converted import converted_folder
+from replays import replaying
 from tiny_engines import engine, prompt_of, request
 
 from linocut.engine.bench.claimed import claimed_contexts
@@ -57,6 +58,22 @@ def test_blocks_with_sub_blocks_keep_the_pace_exactly(tokens: int, cached: bool)
     assert found.tokens_per_forward == pytest.approx(tokens)
     assert found.tokens_per_second * found.seconds == pytest.approx(3 * 32)
     assert (found.positions == 3 * 32) if not cached else (found.positions < 3 * 32)
+
+
+@pytest.mark.parametrize("family", ["fast_dllm_v2", "sdar", "sdar16"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_pace_is_the_same_where_steps_are_planned_ahead(family: str, tokens: int) -> None:
+    core = engine(family, max_running=8, max_model_len=1024)
+    replaying(core)
+    core.overlapping = True
+    core.scheduler.row_share = core.runner.row_share = 0.003  # as on a GPU
+    pace = Pace(core)
+    at = paced(core, "blocks", {"strategy": "static"}, tokens)
+    with claimed_contexts(core):
+        found = measure_steady(core, first_of(pace, at), 3, 64, cycle=at.cycle, seconds=9.0, most=64)
+    assert found.replays == 1
+    assert found.tokens_per_forward == pytest.approx(tokens, rel=0.05)
+    assert core.scheduler.pool.free == core.scheduler.pool.total
 
 
 def test_a_pace_between_whole_numbers_of_forwards_is_as_near_as_it_can_be() -> None:
