@@ -36,6 +36,7 @@ class Peer:
         vllm = importlib.import_module("vllm")
         self.version = vllm.__version__
         self._params = vllm.SamplingParams
+        self._tokens = importlib.import_module("vllm.inputs").tokens_input
         self._kinds = importlib.import_module("vllm.sampling_params").RequestOutputKind
         self._llm = vllm.LLM(
             model=str(folder),
@@ -72,7 +73,7 @@ class Peer:
                 )
                 name = f"r{self._count}"
                 asked[name] = time.perf_counter()
-                engine.add_request(name, {"prompt_token_ids": prompt}, params)
+                engine.add_request(name, self._tokens(prompt), params)
                 running += 1
             for output in engine.step():
                 made = len(output.outputs[0].token_ids)

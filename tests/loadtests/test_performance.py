@@ -185,7 +185,7 @@ class FakeLLM:
         self.left: dict[str, Any] = {}
         self.most = 0
 
-    def add_request(self, name: str, prompt: dict[str, list[int]], params: Any) -> None:
+    def add_request(self, name: str, prompt: list[int], params: Any) -> None:
         self.left[name] = [params.max_tokens, params]
         self.most = max(self.most, len(self.left))
 
@@ -211,6 +211,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(__version__="9", LLM=FakeLLM, SamplingParams=lambda **given: SimpleNamespace(**given))
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
+    monkeypatch.setitem(sys.modules, "vllm.inputs", SimpleNamespace(tokens_input=list))
 
 
 def test_the_peer_answers_the_same_prompts(fake_vllm: None, tmp_path: Path) -> None:
