@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -85,20 +87,30 @@ def measure_steady(
 ) -> Steady:
     """Let `sequences` prompts of `context` random tokens decode, and time whole cycles of `cycle` steps.
 
-    At least one cycle is timed, and as many as take `seconds`, but at most `most` steps. Before that, steps run until
-    two cycles are over and none captures a graph any more, or for `warm_seconds`. Raises RuntimeError if a sequence
-    ends meanwhile.
+    At least one cycle is timed, and as many as take `seconds`, but at most `most` steps. Raises RuntimeError if a
+    sequence ends meanwhile.
+    """
+    with steady_load(core, decoding, sequences, context, cycle, warm_seconds) as pace:
+        cycles = max(1, min(round(seconds / max(pace * cycle, 1e-9)), most // cycle))
+        return _timed(core, sequences, context, cycles * cycle)
+
+
+@contextmanager
+def steady_load(
+    core: EngineCore, decoding: DecodingParams, sequences: int, context: int, cycle: int, warm_seconds: float
+) -> Iterator[float]:
+    """Within, `sequences` prompts of `context` random tokens decode; gives seconds a step, about.
+
+    They have run until two cycles were over and none captured a graph any more, or for `warm_seconds`. Raises
+    RuntimeError if one of them has ended by the end.
     """
     names = _admit(core, decoding, sequences, context)
     try:
         while core.scheduler.waiting or any(s.prefilling for s in core.scheduler.running):
             core.step()
-        pace = _warm(core, cycle, warm_seconds)
-        cycles = max(1, min(round(seconds / max(pace * cycle, 1e-9)), most // cycle))
-        result = _timed(core, sequences, context, cycles * cycle)
+        yield _warm(core, cycle, warm_seconds)
         if len(core.scheduler.running) != sequences:
             raise RuntimeError(f"{sequences - len(core.scheduler.running)} of {sequences} sequences ended, or waited")
-        return result
     finally:
         for name in names:
             core.abort(Abort(request_id=name))

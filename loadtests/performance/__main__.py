@@ -1,8 +1,8 @@
 """The numbers of docs/performance.md: measured on one machine in one sitting, and their tables.
 
     python -m loadtests.performance run FOLDER --prompts mt_bench_questions.jsonl
-        [--only forwards,curve,prefill,clients,http] [--tasks fast-dllm-v2,sdar-4,sdar-8,converted,embedded,http]
-        [--seconds 150] [--quick] [--tiny] [--model FOLDER] [--device cuda]
+        [--only forwards,curve,prefill,profile,clients,http] [--seconds 150] [--quick] [--tiny] [--device cuda]
+        [--tasks fast-dllm-v2,sdar-4,sdar-8,converted,embedded,http] [--model FOLDER]
     python -m loadtests.performance table FOLDER [--into docs/performance.md]
 
 Each task runs in a process of its own, is ended after `--seconds` and a third, and writes FOLDER/TASK.json row by row.
@@ -25,7 +25,7 @@ SHAPES = ("fast-dllm-v2", "sdar-4", "sdar-8", "converted")
 TASKS = (*SHAPES, "embedded", "http")
 # Which parts a task can do.
 _DOES = {"embedded": ("clients", "prefill"), "http": ("http",)}
-_SHAPE_PARTS = ("forwards", "curve", "prefill")
+_SHAPE_PARTS = ("forwards", "curve", "prefill", "profile")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -83,6 +83,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             sequences=(1, 8),
             contexts=(1024,),
             paces=(1, 4),
+            profiled=(1,),
             clients=(1, 8),
             prefills=(1, 8),
             prompt=128,

@@ -6,20 +6,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-PARTS = ("forwards", "curve", "prefill", "clients", "http")
+PARTS = ("forwards", "curve", "prefill", "profile", "clients", "http")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """sequences, contexts: of the forwards. paces: tokens a forward of the curve, clients: its sequences, and those of
-    the embedded model. prefills: prompts of `prompt` tokens at once. seconds: that a row is timed, warm: at most before
-    that. tokens: of an answer at most. requests: that one client makes, and each of several.
+    """sequences, contexts: of the forwards; profiled: sequences of those at the first context.
+
+    paces: tokens a forward of the curve. clients: its sequences, and those of the embedded model; what targets name
+    comes first. prefills: prompts of `prompt` tokens at once. seconds: that a row is timed, warm: at most before that.
+    tokens: of an answer at most. requests: that one client makes, and each of several.
     """
 
     parts: tuple[str, ...] = PARTS
     sequences: tuple[int, ...] = (1, 8, 64, 256)
     contexts: tuple[int, ...] = (1024, 8192)
     curve_context: int = 512
+    profiled: tuple[int, ...] = (1, 64)
     paces: tuple[float, ...] = (1, 2, 3, 4)
     clients: tuple[int, ...] = (1, 64, 16, 256)
     prefills: tuple[int, ...] = (1, 64)

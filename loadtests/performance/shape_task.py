@@ -9,12 +9,13 @@ from typing import Any
 
 from linocut.engine.bench.claimed import claimed_contexts
 from linocut.engine.bench.floor import copy_bandwidth, weight_floor_ms
+from linocut.engine.bench.kernel_times import profile_steps
 from linocut.engine.bench.paced import Pace
 from linocut.engine.bench.prefill import measure_prefill
 from linocut.engine.bench.run import machine
 from linocut.engine.bench.shapes import write_shape
 from linocut.engine.bench.steady import Steady, measure_steady
-from linocut.engine.bench.variants import VARIANTS, Paced, Variant, first_of, paced, paces
+from linocut.engine.bench.variants import VARIANTS, Asked, Paced, Variant, first_of, paced, paces
 from linocut.engine.config import EngineConfig
 from linocut.engine.core import EngineCore
 from linocut.engine.loading import load_model
@@ -52,6 +53,8 @@ def run_shape(name: str, settings: Settings, path: Path, deadline: float) -> Non
         if "forwards" in settings.parts:
             for context in later:
                 _forwards(core, pace, variant, settings, sheet, context)
+        if "profile" in settings.parts:
+            _profiles(core, pace, variant, settings, sheet)
     sheet.note(finished=True)
     core.close()
 
@@ -83,13 +86,32 @@ def _prefill(core: EngineCore, variant: Variant, settings: Settings, sheet: Shee
         sheet.attempt(measure, point="prefill", mode=mode, asked=count)
 
 
+def _usual(core: EngineCore, mode: str, asked: Asked) -> Paced:
+    """What a forward's cost is measured at: of grids, one position decided in each; of `verify`, drafts that are often
+    right."""
+    return paced(core, mode, asked, 3.0 if asked["strategy"] == "verify" else 1.0)
+
+
 def _forwards(core: EngineCore, pace: Pace, variant: Variant, settings: Settings, sheet: Sheet, context: int) -> None:
-    """A forward's cost: of grids, with one position decided in each; of `verify`, with drafts that are often right."""
     for mode, asked in variant.modes.items():
-        tokens = 3.0 if asked["strategy"] == "verify" else 1.0
-        at = paced(core, mode, asked, tokens)
         for count in settings.sequences:
-            _steady(core, pace, at, settings, sheet, "forward", count, context)
+            _steady(core, pace, _usual(core, mode, asked), settings, sheet, "forward", count, context)
+
+
+def _profiles(core: EngineCore, pace: Pace, variant: Variant, settings: Settings, sheet: Sheet) -> None:
+    for mode, asked in variant.modes.items():
+        at = _usual(core, mode, asked)
+        for count in settings.profiled:
+
+            def measure(at: Paced = at, count: int = count) -> dict[str, Any]:
+                context = _on_grid(core, settings.contexts[0])
+                return asdict(profile_steps(core, first_of(pace, at), count, context, warm_seconds=settings.warm))
+
+            sheet.attempt(measure, point="profile", mode=mode, asked=count)
+
+
+def _on_grid(core: EngineCore, context: int) -> int:
+    return max(context // core.traits.block_size, 1) * core.traits.block_size
 
 
 def _curve(core: EngineCore, pace: Pace, variant: Variant, settings: Settings, sheet: Sheet) -> None:
@@ -102,8 +124,7 @@ def _curve(core: EngineCore, pace: Pace, variant: Variant, settings: Settings, s
 def _steady(
     core: EngineCore, pace: Pace, at: Paced, settings: Settings, sheet: Sheet, point: str, count: int, context: int
 ) -> None:
-    block = core.traits.block_size
-    context = max(context // block, 1) * block
+    context = _on_grid(core, context)
     # 256 contexts of 8k positions do not fit beside the weights: then as many as do.
     room = _LITTLE if at.wanted == 1 else _ROOM
     fitting = core.scheduler.pool.total // -(-(context + room) // core.info.page_size)

@@ -57,9 +57,13 @@ class Sheet:
         os.replace(partial, self._path)
 
 
-def _rounded(row: Row) -> Row:
-    """Four digits of measured numbers are more than they mean."""
-    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
+def _rounded(value: Any) -> Any:
+    """Five digits of measured numbers are more than they mean."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def read_sheets(folder: Path) -> list[Row]:

@@ -23,6 +23,7 @@ def tables(folder: Path) -> str:
         ("### Tokens a second by tokens a forward", _curve(results)),
         ("### The embedded model, offline and over HTTP", _clients(results)),
         ("### Prefill", _prefill(results)),
+        ("### Where a step's time goes", _profiles(results)),
         ("### What was not measured", _failed(results)),
     ]
     return "\n\n".join(f"{title}\n\n{text}".strip() for title, text in parts if text) + "\n"
@@ -178,6 +179,16 @@ def _prefill(results: Results) -> str:
 def _first(row: Row) -> list[str]:
     times = (f"{row['first_token_s'] * 1e3:.1f}", f"{row['seconds'] * 1e3:.1f}")
     return [f"{row['asked']} × {row['prompt']}", *times, _thousands(row["tokens_per_second"])]
+
+
+def _profiles(results: Results) -> str:
+    parts = []
+    for row in results.find("profile"):
+        many = f"{row['sequences']} sequence{'s' * (row['sequences'] > 1)}, context {row['context']:,}"
+        head = f"{row['label']}: {row['mode']}, {many}: kernels run for {row['busy_ms']:.2f} ms of a step"
+        cells = [[f"`{name}`", f"{ms:.3f}", f"{calls:.0f}"] for name, ms, calls in row["kernels"]]
+        parts.append(f"{head}.\n\n{_table(['kernel', 'ms', 'calls'], cells)}")
+    return "\n\n".join(parts)
 
 
 def _failed(results: Results) -> str:

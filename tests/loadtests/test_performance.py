@@ -49,6 +49,7 @@ def small(**changes: Any) -> Settings:
         contexts=(64,),
         curve_context=32,
         paces=(1, 4),
+        profiled=(2,),
         clients=(2,),
         prefills=(2,),
         prompt=32,
@@ -103,6 +104,10 @@ def test_a_shape_task_writes_every_row(task: str, tmp_path: Path) -> None:
         assert [row["wanted"] for row in results.find("curve", mode=mode)] == [1, 4]
         assert [row["asked"] for row in results.find("forward", mode=mode)] == [1, 3]
     assert [row["asked"] for row in results.find("prefill")] == [2]
+    assert {row["mode"] for row in results.find("profile")} == modes
+    for row in results.find("profile"):
+        assert row["kernels"][0][1] >= row["kernels"][1][1] > 0
+        assert sum(kernel[1] for kernel in row["kernels"]) == pytest.approx(row["busy_ms"], rel=1e-3)
     assert all(row["floor_ms"] > 0 and row["step_ms"] > 0 for row in results.find("forward"))
 
 

@@ -34,6 +34,8 @@ def made_up() -> list[dict[str, Any]]:
                 {**forward, "mode": block, "asked": 256, "sequences": 230, "step_ms": 20.0, "context": 8192},
                 {**curve, "asked": 1, "wanted": 4, "tokens_per_second": 700.0, "tokens_per_forward": 4.0},
                 {**curve, "asked": 64, "wanted": 3, "tokens_per_second": 9000.0, "tokens_per_forward": 2.5},
+                {"point": "profile", "mode": block, "asked": 1, "sequences": 1, "context": 1024, "busy_ms": 2.5,
+                 "kernels": [["gemm<64>", 2.0, 197.0], ["others", 0.5, 40.0]]},
                 {"point": "curve", "mode": block, "asked": 256, "wanted": 1, "error": "RuntimeError: memory"},
             ],
         },
@@ -108,6 +110,8 @@ def test_tables_hold_every_number_and_its_ratio(folder: Path) -> None:
     assert f"| {name} | 8,192 | 230 (fit) | 32 | 20.00 | 3.00 | 0.200 | 5.00 |" in lines
     assert f"| {name} |  | 700 (3.50×) |" in lines
     assert f"| {name} | 9,000 at 2.50 (0.90×) |  |" in lines
+    assert f"{name}, 1 sequence, context 1,024: kernels run for 2.50 ms of a step." in lines
+    assert "| `gemm<64>` | 2.000 | 197 |" in lines
     assert "| verify | 1 | 1,200 | 900 | 75% | 3.00 | 2.25 | 2.50 | 10.0 | 20.0 |" in lines
     assert "| embedded model: autoregressive | 64 × 512 | 60.0 | 100.0 | 327,680 | 0.95 |" in lines
     assert "- fast-dllm-v2: point curve, mode block 32, sub-block 8, asked 256, wanted 1: RuntimeError: memory" in lines
