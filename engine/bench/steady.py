@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from ..core import EngineCore
@@ -120,11 +120,10 @@ def steady_load(
 
 
 def _admit(core: EngineCore, decoding: DecodingParams, sequences: int, context: int) -> list[str]:
-    rng = random.Random(sequences)
+    prompts = np.random.default_rng(sequences).integers(0, core.info.vocab_size, (sequences, context)).tolist()
     sampling = SamplingParams(max_tokens=core.info.max_model_len - context, temperature=0.0, ignore_eos=True)
     names = [f"steady-{index}" for index in range(sequences)]
-    for name in names:
-        prompt = rng.choices(range(core.info.vocab_size), k=context)
+    for name, prompt in zip(names, prompts, strict=True):
         core.add(AddRequest(request_id=name, prompt=prompt, sampling=sampling, decoding=decoding))
     return names
 
