@@ -19,8 +19,8 @@ _NAME = 72
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """Milliseconds of a step. busy_ms: of its kernels (on the CPU: operations) together; step_ms: of all of it, while it
-    is profiled. kernels: (name, milliseconds, calls), the longest first; the last one may be all others together."""
+    """Milliseconds of a step. busy_ms: of its kernels (on the CPU: operations) together; step_ms: of all of it, while
+    it is profiled. kernels: (name, milliseconds, calls), the longest first; the last one may be all others together."""
 
     sequences: int
     context: int
