@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from converted import converted_folder
 from replays import replaying
 from tiny_engines import engine, prompt_of, request
@@ -13,10 +14,12 @@ from linocut.engine.bench.claimed import claimed_contexts
 from linocut.engine.bench.closed_loop import run_clients
 from linocut.engine.bench.paced import Pace, acceptance, cycle_of, refinements
 from linocut.engine.bench.prefill import measure_prefill
-from linocut.engine.bench.steady import measure_steady
+from linocut.engine.bench.steady import DeviceClock, measure_steady
 from linocut.engine.bench.variants import VARIANTS, Variant, first_of, paced, paces
 from linocut.engine.core import EngineCore
 from linocut.engine.decoding.parameters import resolve
+from linocut.engine.flight import Flight
+from linocut.engine.plan import StepPlan
 
 
 def steps_until_prefilled(core: EngineCore) -> int:
@@ -113,6 +116,42 @@ def test_paces_of_a_variant_are_those_that_it_can_have() -> None:
     assert [at.cycle for at in paces(core, variant, (1, 2, 4, 8))] == [4, 2, 1]
     assert cycle_of(resolve(core.info, {"strategy": "threshold"}).values, core.traits) == 1
     assert VARIANTS["converted"].modes["verify, 4 drafts"]["draft_length"] == 4
+
+
+def test_the_devices_clock_tells_launches_from_what_is_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = engine("sdar")
+    now = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    def launch(plan: StepPlan) -> Flight | None:
+        nonlocal now
+        flight = real(plan)
+        now += 3.0
+        return flight
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    real = core.runner.launch
+    monkeypatch.setattr(core.runner, "launch", launch)
+    core.add(request(core, "a", prompt_of(9), 4, {"strategy": "static"}))
+    core.runner = clock = DeviceClock(core.runner)  # type: ignore[assignment]
+    steps = 0
+    while core.busy:
+        core.step()
+        now += 0.5
+        steps += 1
+    within, between = clock.times()
+    assert (within, between) == ([3.0] * steps, [0.5] * (steps - 1))
+    assert clock.state is core.runner.state
 
 
 def test_the_rules_cannot_be_replaced_under_captured_graphs() -> None:
