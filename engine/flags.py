@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import cache
 
 from .decoding.strategy import Needs, Strategy
 from .params import DecodingParams, SamplingParams
@@ -26,17 +27,25 @@ class SamplingFlags:
 
 
 def flags_of(sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy) -> SamplingFlags:
+    """The same object for equal flags."""
     needs = strategy.needs(decoding.values)
     filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-    return SamplingFlags(
-        sampled=not is_greedy(sampling),
-        filtered=filtered,
-        stops_banned=sampling.ignore_eos or sampling.min_tokens > 0,
-        filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
-        entropy=bool(needs & Needs.ENTROPY),
-        margin=bool(needs & Needs.MARGIN),
-        smoothed=is_smoothed(decoding),
+    return _kept(
+        SamplingFlags(
+            sampled=not is_greedy(sampling),
+            filtered=filtered,
+            stops_banned=sampling.ignore_eos or sampling.min_tokens > 0,
+            filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
+            entropy=bool(needs & Needs.ENTROPY),
+            margin=bool(needs & Needs.MARGIN),
+            smoothed=is_smoothed(decoding),
+        )
     )
+
+
+@cache
+def _kept(flags: SamplingFlags) -> SamplingFlags:
+    return flags
 
 
 def is_smoothed(decoding: DecodingParams) -> bool:
