@@ -30,6 +30,10 @@ def choose_attention(
     _check("attention " + backend, _error(part, config, dtype, device, backend, None), dtype)
     if backend != "triton" or config.attention not in ("auto", "flash"):
         return backend, None
+    if dtype not in (torch.bfloat16, torch.float16):
+        if config.attention == "flash":
+            raise ConfigError(f"attention flash takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
+        return backend, None
     try:
         flash = FlashAttention(find_flash(device), everything=config.attention == "flash")
         error = _error(part, config, dtype, device, backend, flash)

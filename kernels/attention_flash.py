@@ -2,7 +2,7 @@
 
 FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608) reads paged keys of any page size on Hopper, but it has two masks
 only: none, and causal from the lower right corner. A forward that the host knows to be of one of these shapes
-(`AttentionLayout.pattern`) can go there. The generations, and why it is this one: docs/performance.md.
+(`AttentionLayout.pattern`) can go there. The generations, and why it is this one: docs/kernels.md.
 
 Its kernel is one operator, `fwd`, whose builds differ in a few arguments: `flash_attn_3` is its authors' own (module
 `flash_attn_interface`), `_vllm_fa3_C` the one in vLLM's wheel. Arguments are given by the names in the schema.
@@ -80,7 +80,7 @@ class FlashAttention:
 
 
 def is_faster(layout: AttentionLayout, head_dim: int) -> bool:
-    """Where it measured faster than the Triton kernel on an H200, from what the host knows (docs/performance.md).
+    """Where it measured faster than the Triton kernel on an H200, from what the host knows (docs/kernels.md).
 
     Wide rows are bound by arithmetic, which it overlaps with its softmax; few narrow ones on long contexts by how their
     keys are dealt out. Smaller heads, and narrow rows on short contexts, gain nothing.

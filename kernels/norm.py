@@ -27,37 +27,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool, *, backend: Bac
 
 
 def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    fused: bool,
-    *,
-    ahead: Tensor | None = None,
-    backend: Backend = "torch",
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool, *, backend: Backend = "torch"
 ) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual), the sum rounded to the model dtype before it is normalised.
 
-    x, residual: [..., size] of one dtype; weight: [size]. ahead: weights of the product that comes next, which some
-    GPUs begin to read meanwhile.
+    x, residual: [..., size] of one dtype; weight: [size].
     """
     if backend == "triton":
         from .norm_triton import triton_add_rms_norm
 
-        return triton_add_rms_norm(x, residual, weight, eps, fused, ahead)
+        return triton_add_rms_norm(x, residual, weight, eps, fused)
     total = x + residual
     return rms_norm(total, weight, eps, fused), total
 
 
-def silu_and_mul(gate_up: Tensor, *, ahead: Tensor | None = None, backend: Backend = "torch") -> Tensor:
+def silu_and_mul(gate_up: Tensor, *, backend: Backend = "torch") -> Tensor:
     """SwiGLU's activation (Shazeer 2020): [..., 2 * inter] -> silu(first half) * second half, [..., inter].
 
-    The activation is rounded to the model dtype before the product, as Hugging Face's modules do. ahead: see
-    `add_rms_norm`.
+    The activation is rounded to the model dtype before the product, as Hugging Face's modules do.
     """
     if backend == "triton":
         from .norm_triton import triton_silu_and_mul
 
-        return triton_silu_and_mul(gate_up, ahead)
+        return triton_silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate).mul_(up)

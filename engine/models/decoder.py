@@ -23,6 +23,7 @@ from ..parallel.vocabulary import VocabShare
 from .adapter import MASK_EMBEDDING, Adapter, Gate, WeightsInParts, read_adapter
 from .backbone import Backbone
 from .draft_head import read_draft_head
+from .few_rows import FewRowsLinear, has_few_rows_kernel
 from .linear import DenseLinear, pack_linear
 from .moe import MoeMlp
 from .names import NamedWeights
@@ -119,7 +120,13 @@ class Decoder:
         tied = b.tied_head or "lm_head.weight" not in parts
         head = self.embedding if tied else parts.get("lm_head.weight", (b.vocab, b.hidden))
         # The head stays exact also under int8: its argmax is the product.
-        self.head = pack_linear(head, None, "none")
+        few_rows = backend == "triton" and has_few_rows_kernel(device)
+
+        def pack(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"]) -> Linear:
+            packed = pack_linear(weight, bias, mode)
+            return FewRowsLinear.over(packed) if few_rows and isinstance(packed, DenseLinear) else packed
+
+        self.head = pack(head, None, "none")
         self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share) if draft_head else None
         self.mask_id = mask_id
         self.mask_embedding = parts.get(MASK_EMBEDDING, (b.hidden,)) if adapter_rank else None
@@ -127,7 +134,7 @@ class Decoder:
         def linear(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
             weight = torch.cat([parts.get(f"{name}.weight", (rows, inputs)) for name, rows in names])
             biases = [parts.get(f"{name}.bias", (rows,)) for name, rows in names] if bias else None
-            return pack_linear(weight, torch.cat(biases) if biases else None, quantization)
+            return pack(weight, torch.cat(biases) if biases else None, quantization)
 
         def projection(at: str, names: list[tuple[str, int]], inputs: int, bias: bool) -> Projection:
             base, outputs = linear(names, inputs, bias), sum(rows for _, rows in names)
@@ -188,31 +195,22 @@ class Decoder:
                 q = rms_norm(q, layer.q_norm, b.norm_eps, self.fused_norm, backend=self.backend)
                 k = rms_norm(k, layer.k_norm, b.norm_eps, self.fused_norm, backend=self.backend)
             keys, values = cache.keys[index], cache.values[index]
-            ahead = _weights(layer.output, gate)
-            q = rope_and_cache_write(
-                q, k, v, self.rope, positions, slots, keys, values, ahead=ahead, backend=self.backend
-            )
+            q = rope_and_cache_write(q, k, v, self.rope, positions, slots, keys, values, backend=self.backend)
             if self.query_scale is not None:
                 q = q * self.query_scale.index_select(0, positions)
             attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend, flash=self.flash)
             attended = attended.reshape(attended.shape[0], -1)
             x = self.ranks.sum(_project(layer.output, attended, gate))
-            x, residual = self._add_and_norm(x, residual, layer.post_norm, _weights(layer.gate_up, gate))
+            x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
             if layer.gate_up is not None and layer.down is not None:
-                gated = silu_and_mul(
-                    _project(layer.gate_up, x, gate), ahead=_weights(layer.down, gate), backend=self.backend
-                )
+                gated = silu_and_mul(_project(layer.gate_up, x, gate), backend=self.backend)
                 x = self.ranks.sum(_project(layer.down, gated, gate))
             elif layer.moe is not None:
                 x = self.ranks.sum(layer.moe(x))
             if index + 1 < len(self.layers):
-                following = self.layers[index + 1]
-                x, residual = self._add_and_norm(x, residual, following.input_norm, _weights(following.qkv, gate))
+                following = self.layers[index + 1].input_norm
+                x, residual = add_rms_norm(x, residual, following, b.norm_eps, self.fused_norm, backend=self.backend)
         return x + residual
-
-    def _add_and_norm(self, x: Tensor, residual: Tensor, weight: Tensor, ahead: Tensor | None) -> tuple[Tensor, Tensor]:
-        eps = self.backbone.norm_eps
-        return add_rms_norm(x, residual, weight, eps, self.fused_norm, ahead=ahead, backend=self.backend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] before the final norm -> [rows, width of the share] in the model's dtype."""
@@ -234,13 +232,6 @@ class Decoder:
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [rows, hidden] -> [rows, hidden]."""
         return rms_norm(hidden, self.norm, self.backbone.norm_eps, self.fused_norm, backend=self.backend)
-
-
-def _weights(projection: Projection | None, gate: Gate | None) -> Tensor | None:
-    """What `_project` reads; None where it is packed in another way, or there is nothing."""
-    if isinstance(projection, Adapter):
-        return projection.weights(gate)
-    return projection.weight if isinstance(projection, DenseLinear) else None
 
 
 def _project(projection: Projection, x: Tensor, gate: Gate | None) -> Tensor:

@@ -23,10 +23,8 @@ from linocut.kernels.attention_flash import FlashUnavailableError
 CPU = torch.device("cpu")
 
 
-def choose(attention: Any, head_dim: int = 16) -> tuple[Any, Any]:
-    return choose_attention(
-        EngineConfig(model="", attention=attention), backbone(head_dim=head_dim), torch.float32, CPU
-    )
+def choose(attention: Any, head_dim: int = 16, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    return choose_attention(EngineConfig(model="", attention=attention), backbone(head_dim=head_dim), dtype, CPU)
 
 
 @pytest.fixture
@@ -78,6 +76,12 @@ def test_a_backend_that_fails_its_self_test_stops_the_start(on_a_gpu):
     on_a_gpu["triton"] = 1.0
     with pytest.raises(ConfigError, match="attention triton fails its self-test on this machine"):
         choose("auto")
+
+
+def test_flash_attention_is_for_half_precision(on_a_gpu):
+    assert choose("auto", dtype=torch.float32) == ("triton", None)
+    with pytest.raises(ConfigError, match="attention flash takes bfloat16 and float16, not float32"):
+        choose("flash", dtype=torch.float32)
 
 
 def test_flash_attention_that_is_not_installed_is_refused_if_it_was_asked_for(on_a_gpu, monkeypatch):
