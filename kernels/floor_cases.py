@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .attention import AttentionLayout, staircase_attention
 from .attention_flash import FlashAttention
 from .backend import Backend
 from .experts import mix_experts
 from .norm import add_rms_norm, silu_and_mul
+from .projection import is_faster, project
 from .ragged import sampling_case
 from .rope import rope_and_cache_write, rope_table
 from .statistics import vocab_statistics
@@ -86,6 +86,10 @@ class Setting:
     quick: bool = False
     dtype: torch.dtype = torch.bfloat16
     flash: FlashAttention | None = None
+
+    @cached_property
+    def processors(self) -> int:
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
@@ -194,6 +198,12 @@ def _rope_case(setting: Setting, model: ModelShape, rows: int, label: str) -> Ca
     return Case("rope + cache write", label, moved, 0.0, calls)
 
 
+def _product(setting: Setting, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As linear layers choose it."""
+    ours = setting.backend == "triton" and is_faster(x.shape[0], weight, setting.processors)
+    return project(x, weight, bias, backend="triton" if ours else "torch")
+
+
 def projection_cases(setting: Setting, model: ModelShape) -> Iterator[Case]:
     """The four products of a layer."""
     matrices = {
@@ -208,7 +218,7 @@ def projection_cases(setting: Setting, model: ModelShape) -> Iterator[Case]:
         bias = setting.normal(features) if model.biased and name == "qkv" else None
         for rows in (32, 256) if setting.quick else (1, 8, 32, 64, 128, 256, 512):
             x = setting.normal(rows, inner)
-            calls = [partial(linear, x, weight, bias) for weight in weights]
+            calls = [partial(_product, setting, x, weight, bias) for weight in weights]
             moved = size + 2 * rows * (features + inner)
             yield Case(f"{name} product", f"{model.name}, {rows} rows", moved, 2.0 * rows * features * inner, calls)
 
@@ -244,7 +254,7 @@ def head_cases(setting: Setting, model: ModelShape) -> Iterator[Case]:
         size, flops = 2 * model.vocab * model.hidden, 2.0 * rows * model.vocab * model.hidden
 
         def reduce(weight: Tensor, x: Tensor = x) -> object:
-            return vocab_statistics(linear(x, weight), None, **asked)
+            return vocab_statistics(_product(setting, x, weight, None), None, **asked)
 
         calls: list[Callable[[], object]] = [partial(reduce, weight) for weight in weights * 2]
         yield Case("head + statistics", f"{model.name}, {rows} rows", size, flops, calls)

@@ -70,6 +70,20 @@ def render(ceilings: Ceilings, lines: list[Line], device: str) -> str:
     return "\n\n".join(parts)
 
 
+# Between these two lines of a page stands the table.
+BEGIN = "<!-- floors: python -m linocut.kernels.floors -->"
+END = "<!-- end of floors -->"
+
+
+def into_page(page: str, table: str) -> str:
+    """`page` with `table` in its place. Raises ValueError where the page has none."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no place for the table, between {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
 def _order(lines: list[Line], line: Line) -> int:
     """Kernels in the order in which they first appear."""
     return next(index for index, other in enumerate(lines) if other.kernel == line.kernel)

@@ -1,7 +1,7 @@
 """Every kernel of a forward against its floor on this machine's GPU.
 
-    python -m linocut.kernels.floors [--out FILE.json] [--quick]
-    python -m linocut.kernels.floors --render FILE.json     the Markdown table of an earlier run
+    python -m linocut.kernels.floors [--out FILE.json] [--quick] [--page docs/kernels.md]
+    python -m linocut.kernels.floors --render FILE.json [--page docs/kernels.md]     of an earlier run
 
 A kernel's floor is the longest of three times: the bytes that it has to move over the bandwidth measured here, its
 operations over the matrix rate measured here, and that of an empty kernel. Needs torch and triton, and a CUDA GPU for
@@ -24,7 +24,7 @@ import torch
 from .attention_flash import FlashAttention, FlashUnavailableError, find_flash
 from .backend import default_backend
 from .floor_cases import MODELS, Case, ModelShape, Setting, all_cases
-from .floor_table import Ceilings, Line, render
+from .floor_table import Ceilings, Line, into_page, render
 from .graph_clock import graph_time
 
 
@@ -73,11 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", help="write ceilings and times to FILE, as JSON")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--render", metavar="FILE", help="print the Markdown of an earlier run's JSON, measure nothing")
+    parser.add_argument("--page", metavar="FILE", help="put the Markdown into its place in FILE, too")
     options = parser.parse_args(arguments)
     if options.render:
         saved = json.loads(Path(options.render).read_text())
-        print(render(Ceilings(**saved["ceilings"]), [Line(**line) for line in saved["lines"]], saved["device"]))
-        return 0
+        table = render(Ceilings(**saved["ceilings"]), [Line(**line) for line in saved["lines"]], saved["device"])
+        return _publish(table, options.page)
     if not torch.cuda.is_available():
         print("linocut.kernels.floors needs a CUDA GPU, and there is none here", file=sys.stderr)
         return 2
@@ -89,7 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["lines"] = [vars(line) for line in lines]
         Path(options.out).write_text(json.dumps(report, indent=1))
     print()
-    print(render(ceilings, lines, device))
+    return _publish(render(ceilings, lines, device), options.page)
+
+
+def _publish(table: str, page: str | None) -> int:
+    print(table)
+    if page is not None:
+        Path(page).write_text(into_page(Path(page).read_text(), table))
     return 0
 
 

@@ -9,7 +9,7 @@ import torch
 
 from linocut.kernels import floors
 from linocut.kernels.floor_cases import MixtureShape, ModelShape, Setting, all_cases
-from linocut.kernels.floor_table import Ceilings, Line, render
+from linocut.kernels.floor_table import BEGIN, END, Ceilings, Line, into_page, render
 
 TINY = ModelShape("tiny", 32, 4, 2, 16, 48, 80, True)
 MIXED = MixtureShape("mixed", 32, 16, 4, 2)
@@ -52,6 +52,21 @@ def test_a_table_can_be_made_of_an_earlier_run(tmp_path, capsys):
     file.write_text(json.dumps({"device": "a GPU", "ceilings": vars(CEILINGS), "lines": [vars(line)]}))
     assert floors.main(["--render", str(file)]) == 0
     assert "| 8 rows | 3.0 | 2.0 | memory | 1.50 |" in capsys.readouterr().out
+
+
+def test_the_table_takes_its_place_in_a_page(tmp_path):
+    line = Line("norm", "8 rows", 2e-6, 3e-6, 8_000_000, 0.0)
+    file, page = tmp_path / "floors.json", tmp_path / "page.md"
+    file.write_text(json.dumps({"device": "a GPU", "ceilings": vars(CEILINGS), "lines": [vars(line)]}))
+    page.write_text(f"before\n{BEGIN}\nan older table\n{END}\nafter\n")
+    assert floors.main(["--render", str(file), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "an older table" not in text
+    assert "| 8 rows | 3.0 | 2.0 | memory | 1.50 |" in text
+    with pytest.raises(ValueError, match="no place for the table"):
+        into_page("nothing", "table")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
