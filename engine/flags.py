@@ -15,7 +15,7 @@ class SamplingFlags:
 
     sampled: bool = False  # some row has temperature > 0
     filtered: bool = False  # some row has top_k, top_p or min_p
-    stops_banned: bool = False  # some row has min_tokens or ignore_eos
+    stops_banned: bool = False  # some row has min_tokens or ignore_eos, or ids that its strategy must not say
     filtered_confidence: bool = False  # some row wants the probability after the filters
     entropy: bool = False  # some row's strategy needs it, and so on
     margin: bool = False
@@ -25,13 +25,16 @@ class SamplingFlags:
         return SamplingFlags(*(a or b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def flags_of(sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy) -> SamplingFlags:
+def flags_of(
+    sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy, edit_ids: tuple[int, ...] = ()
+) -> SamplingFlags:
+    """edit_ids: the family's."""
     needs = strategy.needs(decoding.values)
     filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
     return SamplingFlags(
         sampled=not is_greedy(sampling),
         filtered=filtered,
-        stops_banned=sampling.ignore_eos or sampling.min_tokens > 0,
+        stops_banned=sampling.ignore_eos or sampling.min_tokens > 0 or (bool(edit_ids) and not strategy.edits),
         filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
         entropy=bool(needs & Needs.ENTROPY),
         margin=bool(needs & Needs.MARGIN),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .experts import Experts
 
@@ -28,6 +29,10 @@ class Router:
         scores the lowest expert first. Qwen3-MoE: softmax over all, the best, renormalised. LLaDA2: sigmoid, a bias for
         choosing, experts of the groups whose two best sum highest, weights without the bias. LLaDA-MoE: softmax, not
         renormalised, a bias that counts.
+
+        LLaDA2.2: as LLaDA2, but among the experts that score highest anywhere in the token's block instead of those of
+        groups. Entries i * block .. (i + 1) * block - 1 of x are then a block of one sequence, or padding: whoever runs
+        such a model runs whole blocks (`FamilyTraits.routes_blocks`).
         """
         c = self.config
         logits = self.linear(x.float())
@@ -40,11 +45,23 @@ class Router:
                 scores = ranked
         if c.groups > 1:
             ranked = ranked.masked_fill(~self._in_best_groups(ranked), -torch.inf)
+        if c.capacity:
+            ranked = ranked.masked_fill(~self._in_best_of_block(ranked), -torch.inf)
         experts = torch.sort(ranked, dim=1, descending=True, stable=True).indices[:, : c.active]
         weights = scores.gather(1, experts)
         if c.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if c.score == "sigmoid" else 0.0))
         return experts, weights * c.scale
+
+    def _in_best_of_block(self, scores: Tensor) -> Tensor:
+        """[tokens, experts] bool"""
+        c, tokens = self.config, scores.shape[0]
+        # Padding may end anywhere.
+        filled = pad(scores, (0, 0, 0, -tokens % c.block), value=-torch.inf)
+        of_block = filled.view(-1, c.block, c.count).amax(dim=1)  # [blocks, experts]
+        best = torch.sort(of_block, dim=1, descending=True, stable=True).indices[:, : c.capacity]
+        chosen = torch.zeros_like(of_block, dtype=torch.bool).scatter_(1, best, True)
+        return chosen[:, None].expand(-1, c.block, -1).reshape(-1, c.count)[:tokens]
 
     def _in_best_groups(self, scores: Tensor) -> Tensor:
         """[tokens, experts] bool"""

@@ -76,8 +76,8 @@ def requests_of(core: EngineCore, family: str, strategy: str) -> list[AddRequest
 
 
 def test_every_strategy_is_tried_somewhere() -> None:
-    # `verify` and `learned` need a converted model and a filter: they have tests of their own.
-    assert {strategy for _, strategy in PAIRS} | {"verify", "learned"} == set(strategy_classes())
+    # `verify`, `learned` and `levenshtein` need a converted model, a filter, LLaDA2.2: they have tests of their own.
+    assert {strategy for _, strategy in PAIRS} | {"verify", "learned", "levenshtein"} == set(strategy_classes())
 
 
 @pytest.mark.parametrize(("family", "strategy"), PAIRS)
@@ -114,6 +114,20 @@ def test_a_preempted_row_goes_on_where_it_was(family: str, strategy: str) -> Non
     answers = run(core, asked, observe=disturb)
     assert {key: answer.text for key, answer in answers.items()} == expected
     assert core.stats().preemptions > before
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy"), [pair for pair in PAIRS if pair[0] in ("sdar16", "fast_dllm_v2", "wedlm", "causal")]
+)
+def test_a_prompt_in_chunks_gives_the_same_text(family: str, strategy: str) -> None:
+    """Forwards of chunks alone ask about nothing, whatever the strategy looks at."""
+    core = core_of(family)
+    diffusion = wanted(family, strategy)[-1]
+    whole = run(core, [request(core, "a", prompt_of(150), 10, diffusion)])["a", 0]
+    small = engine(family, budget=64)
+    chunked = run(small, [request(small, "a", prompt_of(150), 10, diffusion)])["a", 0]
+    assert chunked.text == whole.text
+    assert chunked.forwards > whole.forwards
 
 
 @pytest.mark.parametrize("family", ["sdar", "sdar16", "fast_dllm_v2", "llada2"])

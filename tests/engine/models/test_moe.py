@@ -140,6 +140,58 @@ def test_a_good_expert_of_a_poor_group_is_not_chosen() -> None:
     assert experts.tolist() == [[2]]
 
 
+BY_BLOCKS = Experts(16, 3, 32, score="sigmoid", expert_bias="choice", scale=2.5, capacity=5, block=4)
+
+
+def routed_by_blocks(logits: list[list[float]], bias: list[float]) -> list[dict[int, float]]:
+    """Expert -> weight of each token, a block at a time, from the description of LLaDA2.2's router."""
+    found = []
+    scores = torch.tensor(logits, dtype=torch.float64).sigmoid().tolist()
+    ranked = [[score + more for score, more in zip(row, bias, strict=True)] for row in scores]
+    for first in range(0, len(ranked), BY_BLOCKS.block):
+        block = ranked[first : first + BY_BLOCKS.block]
+        allowed = sorted(range(16), key=lambda expert: -max(row[expert] for row in block))[: BY_BLOCKS.capacity]
+        for offset, row in enumerate(block):
+            # Of equal ones the lowest expert first.
+            best = sorted(sorted(allowed), key=lambda expert: -row[expert])[: BY_BLOCKS.active]
+            total = sum(scores[first + offset][expert] for expert in best)
+            found.append({expert: scores[first + offset][expert] / total * BY_BLOCKS.scale for expert in best})
+    return found
+
+
+@pytest.mark.parametrize("count", [4, 40, 42])
+def test_a_block_chooses_its_experts_together(count: int) -> None:
+    """Padding may end within a block."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(count, 16, generator=generator) * 2
+    bias = torch.randn(16, generator=generator) * 0.5
+    experts, weights = router(BY_BLOCKS, bias)(logits)
+    want = routed_by_blocks(logits.tolist(), bias.tolist())
+    alone = [routed_by_blocks([row], bias.tolist())[0] for row in logits.tolist()]
+    assert [set(row) for row in want] != [set(row) for row in alone], "blocks that change nothing prove nothing"
+    for chosen, given, row in zip(experts.tolist(), weights.tolist(), want, strict=True):
+        assert chosen == list(row)
+        assert given == pytest.approx(list(row.values()), rel=1e-5)
+
+
+def test_blocks_next_to_each_other_choose_apart() -> None:
+    generator = torch.Generator().manual_seed(5)
+    one, other = torch.randn(2, 4, 16, generator=generator)
+    both, _ = router(BY_BLOCKS, torch.zeros(16))(torch.cat([one, other]))
+    assert torch.equal(both[:4], router(BY_BLOCKS, torch.zeros(16))(one)[0])
+    assert torch.equal(both[4:], router(BY_BLOCKS, torch.zeros(16))(other)[0])
+
+
+def test_of_equal_experts_a_block_keeps_the_lowest() -> None:
+    experts, _ = router(BY_BLOCKS, torch.zeros(16))(torch.zeros(4, 16))
+    assert experts.tolist() == [[0, 1, 2]] * 4
+    # The block's best are 11 .. 15, so that the others' own best do not count.
+    logits = torch.zeros(4, 16)
+    logits[0, 11:] = 5.0
+    logits[1:, :3] = 4.0
+    assert router(BY_BLOCKS, torch.zeros(16))(logits)[0][1:].tolist() == [[11, 12, 13]] * 3
+
+
 def test_equal_scores_go_to_the_lowest_experts() -> None:
     for config in (QWEN3, Experts(8, 2, 32, score="sigmoid", groups=4, active_groups=2)):
         experts, weights = router(config)(torch.zeros(3, config.count))
