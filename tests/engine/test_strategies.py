@@ -6,8 +6,11 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from tiny_engines import GOLDEN, engine, prompt_of, request, run
+from torch.overrides import TorchFunctionMode
 
+from linocut.engine import runner
 from linocut.engine.core import EngineCore
 from linocut.engine.decoding.parameters import valid_names
 from linocut.engine.decoding.registry import offered, strategy_classes
@@ -114,6 +117,47 @@ def test_a_preempted_row_goes_on_where_it_was(family: str, strategy: str) -> Non
     answers = run(core, asked, observe=disturb)
     assert {key: answer.text for key, answer in answers.items()} == expected
     assert core.stats().preemptions > before
+
+
+WAITING = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal"}
+WAITING |= {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "allclose"}
+
+
+class NoWaiting(TorchFunctionMode):
+    """Refuses what a GPU would have to finish its work for: values on the host, and shapes that follow from values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        assert name not in WAITING, f"{name} waits for the device"
+        if name in ("__getitem__", "__setitem__"):
+            chosen = args[1] if isinstance(args[1], tuple) else (args[1],)
+            masks = [i for i in chosen if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
+            assert not masks, f"{name} with a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("family", "strategy"), PAIRS)
+def test_nothing_that_a_strategy_does_waits_for_the_device(
+    family: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = core_of(family)
+    one, calls = core.runner.strategies[strategy], 0
+
+    def watched(method: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            with NoWaiting():
+                return method(*args)
+
+        return call
+
+    for name in ("plan", "bias", "decide"):
+        monkeypatch.setattr(one, name, watched(getattr(one, name)))
+    for name in ("guard", "advance", "row_view", "cap_span", "concat_spans", "build_batch"):
+        monkeypatch.setattr(runner, name, watched(getattr(runner, name)))
+    run(core, requests_of(core, family, strategy))
+    assert calls > 20
 
 
 @pytest.mark.parametrize(
