@@ -96,19 +96,32 @@ def _concat_segments(spans: list[Span]) -> Tensor | None:
     return torch.cat(parts)
 
 
-def cap_span(span: Span, caps: Tensor) -> tuple[Span, Tensor]:
-    """Cut spans to the host's widths. Returns the spans and [rows] bool, whether each still runs as a whole.
+def cap_span(span: Span, inputs: StepInputs, finished: Tensor) -> tuple[Span, Tensor]:
+    """Cut spans to the room that the host has reserved. Returns the spans and [rows] bool, whether each decides.
 
-    A row that is cut runs clean positions only and asks about nothing.
+    A frontier that feeds its last token again does with fewer drafts. Any other row that does not fit runs clean
+    positions only and asks about nothing; one that has ended runs nothing. finished: [rows] bool.
     """
-    whole = span.run_end - span.run_start <= caps
-    end = torch.where(whole, span.run_end, torch.minimum(span.run_start + caps, span.clean_end))
+    width = torch.where(finished, 0, inputs.width)
+    drafting = inputs.refeeds > 0
+    fits = torch.minimum(span.run_start + width, span.clean_end + inputs.targets - 1)
+    end = torch.where(drafting, torch.minimum(span.run_end, fits), span.run_end)
+    # Of the clean rows the last one says what comes next: none of them may be missing.
+    whole = torch.where(drafting, end >= span.clean_end, end - span.run_start <= width) & ~finished
+    targets = span.targets
+    fed = torch.where(drafting, end - span.clean_end, targets.shape[1])[:, None]
+    targets = targets & (torch.arange(targets.shape[1], device=end.device) <= fed)
+    whole = whole & (targets.sum(dim=1) <= inputs.targets)
+    segments = span.segments
+    if segments is not None:
+        segments = torch.where(whole[:, None] & (segments <= fed), segments, -1)
     cut = replace(
         span,
-        run_end=end,
-        targets=span.targets & whole[:, None],
+        run_end=torch.where(whole, end, torch.minimum(span.run_start + width, span.clean_end)),
+        targets=targets & whole[:, None],
         seeding=span.seeding & whole,
         opening=span.opening & whole[:, None],
+        segments=segments,
     )
     return cut, whole
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from dataclasses import replace
 
 import msgspec
@@ -36,14 +37,17 @@ class EngineCore:
         self._order = 0
         self.clock = StepClock()
         self._pressure = MemoryPressure(model.scheduler.token_budget, LEAST_POSITIONS)
-        # A CPU has nothing else to do while it computes.
+        # Whether the next forward is planned and launched before the results of this one are there. A CPU has nothing
+        # else to do while it computes.
         self.overlapping = model.runner.state.device.type == "cuda"
-        self._flight: Flight | None = None
+        self._flights: deque[Flight] = deque()  # two at most
+        self._landed: Flight | None = None
+        self._moved: list[tuple[Sequence, list[int]]] = []
         self._shed: list[Sequence] = []  # ended because a forward of it alone does not fit the memory
 
     @property
     def busy(self) -> bool:
-        return self.scheduler.busy or self._flight is not None or bool(self._shed)
+        return self.scheduler.busy or bool(self._flights or self._shed)
 
     def add(self, request: AddRequest) -> None:
         """Queue a request's choices. Raises ParameterError if it cannot be served; then nothing was queued."""
@@ -89,62 +93,67 @@ class EngineCore:
         Where forwards overlap with the host's work, the next one is under way when this returns.
         """
         self.clock.begin()
-        if self._flight is None:
-            self._launch()
-        moved = self._land()
-        if self.overlapping and self.scheduler.busy:
-            self._launch()
+        if not self._flights:
+            self._launch(self.scheduler.schedule())
+        if self.overlapping and self._flights:
+            ahead = self.scheduler.schedule_ahead()
+            if ahead is not None:
+                self._launch(ahead)
+        self._land()
+        if self.overlapping and not self._flights and self.scheduler.busy:
+            self._launch(self.scheduler.schedule())
         outputs = [output_of(sequence, [], "error", "out of memory") for sequence in self._shed]
-        self._shed = []
-        outputs += [output_of(sequence, tokens, sequence.finish) for sequence, tokens in moved]
+        outputs += [output_of(sequence, tokens, sequence.finish) for sequence, tokens in self._moved]
+        self._shed, self._moved = [], []
         self.clock.end(self.busy)
         return outputs
 
-    def _land(self) -> list[tuple[Sequence, list[int]]]:
-        """Wait for the forward that is under way; the sequences that moved or ended, with their new tokens."""
-        if self._flight is None:
-            return []
-        flight, self._flight = self._flight, None
+    def _land(self) -> None:
+        """Wait for the older forward that is under way, and note the sequences that moved or ended."""
+        if not self._flights:
+            return
+        flight = self._flights.popleft()
         reports = flight.land()
-        self.clock.land()
+        self.clock.land(flight.times(self._landed))
+        self._landed = flight
         if self._pressure.succeed():
             self._bound_forwards()
         now = time.monotonic()
-        moved = []
         for sequence, tokens in self.scheduler.update(reports, now):
             if tokens or sequence.finish:
                 sequence.answered = sequence.answered or now
-                moved.append((sequence, tokens))
+                self._moved.append((sequence, tokens))
             if sequence.finish:
                 self.forget(sequence)
         if self._check:
             self.scheduler.check()
-        return moved
 
     def _note_started(self) -> None:
         now = time.monotonic()
         for sequence in self.scheduler.running:
             sequence.started = sequence.started or now
 
-    def _launch(self) -> None:
-        """Plan the next forward and hand it to the device.
+    def _launch(self, plan: StepPlan) -> None:
+        """Hand a forward to the device.
 
         If it does not fit the memory, who ran waits again, and forwards are smaller from then on; what does not fit
         alone is shed.
         """
-        plan = self.scheduler.schedule()
         if plan.admissions:
             self._note_started()
         self.clock.launch()
         try:
-            self._flight = self.launch(plan)
+            flight = self.launch(plan)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             log.warning("a forward of %d rows ran out of memory: %s", len(plan.rows), str(error)[:300])
         else:
+            if flight is not None:
+                self._flights.append(flight)
             return
         # Outside of the handler, whose traceback holds the tensors of the forward.
+        self._land()
         release_memory(self.runner.state.device)
         fits = self._pressure.fail(sum(row.width + row.scratch for row in plan.rows))
         self._bound_forwards()
@@ -217,20 +226,23 @@ def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
     """How the steps of a request's sequences are laid out."""
     values = request.decoding.values
     strategy = build_strategies(False)[request.decoding.strategy]
+    window = strategy.window(values, traits)
     if strategy.frontier:
         feed, segment = strategy.first_feed(values, traits), strategy.segment(values, traits)
-        return Geometry(feed=feed, refeeds=strategy.refeeds, segment=segment)
+        return Geometry(feed=feed, refeeds=strategy.refeeds, segment=segment, window=window, asks=window)
     canvas = 0
     if traits.context == "full":
         canvas = len(request.prompt) + request.sampling.max_tokens + len(request.suffix)
     return Geometry(
-        block=strategy.window(values, traits),
+        block=window,
         origin=len(request.prompt) if traits.grid == "prompt" and not values.get("aligned") else 0,
         seeds=traits.commit_seeds,
         opens=traits.commit_opens,
         segment=strategy.segment(values, traits),
         canvas=canvas,
         asks_all=strategy.asks_all,
+        window=window,
+        asks=window,
     )
 
 

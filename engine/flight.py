@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import torch
 from torch import Tensor
 
 from .layout import StepLayout
@@ -17,23 +16,44 @@ def report_width(window: int) -> int:
     return _HEAD + 2 * window
 
 
-@dataclass
 class Flight:
-    """packed: what `ModelRunner.step` returned; valid until the next step is launched."""
+    """One step, from its launch to its reports.
 
-    layout: StepLayout
-    packed: Tensor
+    layout: of the step. began: on a GPU, an event of its stream before the step. packed: what `ModelRunner.step`
+    returned; on a GPU its copy to the host is enqueued at once, as the next step may overwrite it.
+    """
+
+    def __init__(self, layout: StepLayout, packed: Tensor, began: torch.cuda.Event | None) -> None:
+        self._layout, self._packed = layout, packed
+        self._began, self._done = began, None
+        if packed.is_cuda:
+            self._packed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._packed.copy_(packed, non_blocking=True)
+            self._done = torch.cuda.Event(enable_timing=True)
+            self._done.record()
 
     def land(self) -> list[RowReport]:
-        """Wait for the step; its reports in the order of the plan's rows. The step's one copy to the host."""
-        numbers: list[int] = self.packed.tolist()
+        """Wait for the step; its reports in the order of the plan's rows."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers: list[int] = self._packed.tolist()
         reports, first = [], 0
-        for group in self.layout.shape.groups:
+        for group in self._layout.shape.groups:
             width = report_width(group.window)
             last = first + width * (group.last - group.first)
             reports += [_unpacked(numbers[at : at + width], group.window) for at in range(first, last, width)]
             first = last
-        return [reports[place] for place in self.layout.places]
+        return [reports[place] for place in self._layout.places]
+
+    def times(self, before: Flight | None) -> tuple[float, float | None] | None:
+        """Once it has landed: seconds that the device was at it, and seconds that it had nothing to do since the end of
+        `before`. None where only the host has a clock."""
+        if self._began is None or self._done is None:
+            return None
+        gap = None
+        if before is not None and before._done is not None:
+            gap = max(before._done.elapsed_time(self._began), 0.0) * 1e-3
+        return self._began.elapsed_time(self._done) * 1e-3, gap
 
 
 def _unpacked(row: list[int], window: int) -> RowReport:

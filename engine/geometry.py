@@ -12,6 +12,7 @@ class Geometry:
     block: positions of a block (1 on a frontier). origin: where the first block starts (the grid's zero).
     seeds: a block's first position is decided by a forward of its own (FamilyTraits.commit_seeds). opens: it is decided
         by the forward that denoises the rest (commit_opens).
+    window: positions that a step looks at; asks: how many of them it asks about, at most.
     feed: rows that a frontier's first step runs from the first undecided position on, or with `refeeds` from the last
         token on; 0 on a grid.
     segment: rows of a draft segment; 0 where there are none.
@@ -28,6 +29,8 @@ class Geometry:
     segment: int = 0
     canvas: int = 0
     asks_all: bool = False
+    window: int = 1
+    asks: int = 1
 
     def start(self, tokens: int) -> int:
         """First position of the active block of a sequence of `tokens` known tokens."""

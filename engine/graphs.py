@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .layout import StepInputs, StepLayout, StepShape, array_size, step_inputs
 
-# Larger steps are not captured.
-MAX_TOKENS = 1024
+# Steps of more positions are not captured: beyond some 10**13 operations the device is slower than the host in launching
+# kernel after kernel, and steps that large are mostly prefill, whose sizes differ.
+_LEAST, _MOST, _OPERATIONS = 1024, 4096, 10**12
 # Graphs kept; the least recently used one goes first.
 MAX_GRAPHS = 256
 
@@ -29,15 +30,20 @@ class _Captured:
     result: Tensor
 
 
+def most_positions(parameters: int) -> int:
+    """Of a step that is captured; parameters: of the model."""
+    return min(max(_OPERATIONS // parameters, _LEAST), _MOST)
+
+
 class StepGraphs:
     """Runs `step` by replay where a step of the same shape has run before.
 
     The first step of a shape is left to the caller: it compiles kernels and gives libraries their workspaces. The
-    second one is captured.
+    second one is captured. most: positions of a step that is captured.
     """
 
-    def __init__(self, step: Step, device: torch.device) -> None:
-        self._step, self._device = step, device
+    def __init__(self, step: Step, device: torch.device, most: int) -> None:
+        self._step, self._device, self._most = step, device, most
         self._captured: OrderedDict[object, _Captured] = OrderedDict()
         self._seen: OrderedDict[object, None] = OrderedDict()
         self._refused: set[object] = set()
@@ -51,7 +57,7 @@ class StepGraphs:
         """
         shape = layout.shape
         key = (shape, version)
-        if shape.tokens > MAX_TOKENS or key in self._refused:
+        if shape.tokens > self._most or key in self._refused:
             return None
         captured = self._captured.get(key)
         if captured is None:

@@ -62,13 +62,14 @@ class StepShape:
 class StepInputs:
     """The array of a step on the device, as views; int32 unless noted.
 
-    slots (int64), width, segments, segment: [rows]; see `RowPlan`. on_grid, refeeds, causal: [rows] 0 or 1, of the
-    row's strategy. query_start: [rows + 1]. row_of (int64), offset: [tokens], a flat row's row and its place among that
-    row's own. logit_row, logit_nth: [logits] int64, which target of which row. row_cost: [1] float32.
+    slots (int64), width, targets, segments, segment: [rows]; see `RowPlan`. on_grid, refeeds, causal: [rows] 0 or 1,
+    of the row's strategy. query_start: [rows + 1]. row_of (int64), offset: [tokens], a flat row's row and its place
+    among that row's own. logit_row, logit_nth: [logits] int64, which target of which row. row_cost: [1] float32.
     """
 
     slots: Tensor
     width: Tensor
+    targets: Tensor
     segments: Tensor
     segment: Tensor
     on_grid: Tensor
@@ -109,7 +110,7 @@ def array_size(shape: StepShape) -> int:
 
 def _sizes(shape: StepShape) -> list[int]:
     rows, tokens, logits = shape.rows, shape.tokens, shape.logits
-    return [*[rows] * 7, rows + 1, tokens, tokens, logits, logits, 1]
+    return [*[rows] * 8, rows + 1, tokens, tokens, logits, logits, 1]
 
 
 def lay_out(
@@ -169,6 +170,7 @@ def lay_out(
     columns = [
         slots,
         [0 if row is None else row.width for row in order],
+        targets,
         [0 if row is None else row.segments for row in order],
         [1 if row is None else max(row.segment, 1) for row in order],
         [int(not classes[g.strategy].frontier) for g in groups for _ in range(g.first, g.last)],
@@ -194,10 +196,11 @@ def _ragged(counts: np.ndarray, starts: np.ndarray, size: int) -> tuple[np.ndarr
 
 
 def _few_sizes(count: int) -> int:
-    """The next power of two; of many rows, which cost arithmetic and not just reading weights, one size in between."""
+    """The next power of two; of many rows, which cost arithmetic and not just reading weights, one size in between, or
+    three."""
     if count <= 128:
         return _power(count)
-    step = 1 << (count - 1).bit_length() - 2
+    step = 1 << (count - 1).bit_length() - (2 if count <= 1024 else 3)
     return -(-count // step) * step
 
 
@@ -207,13 +210,3 @@ def _power(value: int, base: int = 2, least: int = 1) -> int:
     while size < value:
         size *= base
     return size
-
-
-def marginal_cost(rows: int, share: float) -> float:
-    """Tokens that one more position of a forward must promise to pay for itself.
-
-    A forward of R positions takes about 1 + share * R times that of none. With `rows` sequences of some eight positions
-    and two tokens each, one more position costs share / (1 + 8 * share * rows) of the forward, so that share of
-    2 * rows tokens.
-    """
-    return 2 * rows * share / (1 + 8 * share * rows)

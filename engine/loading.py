@@ -164,7 +164,14 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
     unit = traits.block_size if traits.context == "block-causal" else 1
     prefix_caching = config.prefix_caching and traits.context != "full"
     prefix = PrefixCache(pool, config.page_size, unit, fingerprint, prefix_caching)
-    scheduler = Scheduler(pool, prefix, page_size=config.page_size, max_running=max_running, token_budget=token_budget)
+    scheduler = Scheduler(
+        pool,
+        prefix,
+        page_size=config.page_size,
+        max_running=max_running,
+        token_budget=token_budget,
+        row_share=runner.row_share,
+    )
     info = ModelInfo(
         family=traits.name,
         context=traits.context,

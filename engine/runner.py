@@ -16,12 +16,13 @@ from .drafting import Drafter
 from .family import FamilyTraits
 from .flags import SamplingFlags, flags_of, is_smoothed
 from .flight import Flight
-from .graphs import MAX_TOKENS, StepGraphs
+from .graphs import StepGraphs, most_positions
 from .groups import no_statistics, span_of, stand, statistics_of
-from .layout import Group, StepInputs, StepLayout, StepShape, lay_out, marginal_cost, step_inputs
+from .layout import Group, StepInputs, StepLayout, StepShape, lay_out, step_inputs
 from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
 from .plan import Admission, StepPlan
+from .prices import marginal_cost
 from .sampling import Sampler, to_segments, to_window
 from .segments import draft_rows, segment_rows
 from .smoothing import Mixer, make_room
@@ -45,7 +46,7 @@ class ModelRunner:
     rows: slots of the state that plans name; those behind them are for idle rows, one of each strategy. graphs: run
     steps as CUDA graphs. row_share: how much longer a forward takes for one more position (see `marginal_cost`).
 
-    Nothing in `launch` waits for the device; the one copy to the host is that of the reports, when the flight lands.
+    Nothing in `launch` waits for the device; the one copy to the host is that of the reports.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class ModelRunner:
         equipment: Equipment | None = None,
     ) -> None:
         self.decoder, self.cache, self.state, self.traits = decoder, cache, state, traits
-        self.graphs = StepGraphs(self.step, state.device) if graphs else None
+        self._most = most_positions(decoder.backbone.parameters)
+        self.graphs = StepGraphs(self.step, state.device, self._most) if graphs else None
         # Whether sizes of small steps are rounded up.
         self.rounding = graphs
         self.row_share = row_share
@@ -81,19 +83,20 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Flight | None:
-        """Admit, grant, and have the device run one forward, decide and advance; None where the plan has no rows.
-
-        The one before must have landed.
-        """
+        """Admit, grant, and have the device run one forward, decide and advance; None where the plan has no rows."""
         self._admit(plan)
         if not plan.rows:
             return None
         layout = self._lay_out(plan)
+        began = None
+        if self.state.device.type == "cuda":
+            began = torch.cuda.Event(enable_timing=True)
+            began.record()
         packed = self.graphs.run(layout, self._state_version()) if self.graphs is not None else None
         if packed is None:
             inputs = step_inputs(to_device(layout.array, self.state.device), layout.shape)
             packed = self.step(layout.shape, inputs, layout.lengths)
-        return Flight(layout, packed)
+        return Flight(layout, packed, began)
 
     def step(self, shape: StepShape, inputs: StepInputs, lengths: list[int] | None = None) -> Tensor:
         """One forward and what follows from it, on the device alone. Returns the packed reports of all rows, flat.
@@ -104,7 +107,7 @@ class ModelRunner:
         state, traits = self.state, self.traits
         views = [row_view(state, inputs.slots[g.first : g.last], g.window) for g in shape.groups]
         spans = [self.strategies[g.strategy].plan(v, traits) for g, v in zip(shape.groups, views, strict=True)]
-        span, whole = cap_span(concat_spans(spans), inputs.width)
+        span, whole = cap_span(concat_spans(spans), inputs, state.finished[inputs.slots])
         start = torch.cat([view.start for view in views]) if len(views) > 1 else views[0].start
 
         batch = build_batch(state, shape, inputs, span, start, traits, self.cache.page_size, lengths)
@@ -134,7 +137,7 @@ class ModelRunner:
         for some in {self._flags[row.slot] for row in plan.rows}:
             flags |= some
         # Larger forwards are prefill: there the device is the slower side anyway, and padding would cost.
-        small = sum(row.width + row.scratch for row in plan.rows) <= MAX_TOKENS
+        small = sum(row.width + row.scratch for row in plan.rows) <= self._most
         return lay_out(
             plan.rows,
             [self._windows[row.slot] for row in plan.rows],

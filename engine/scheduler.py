@@ -4,15 +4,20 @@ Admission is first come, first served. A forward holds denoise rows first, then 
 blocks; rows that the budget left out of the last forward go before both, so that nobody starves. A row that finished
 its block goes on with the next one at once; nothing waits for a neighbour. When pages run out the youngest running
 sequence is preempted: it loses its pages, keeps its tokens and its block's state, and is prefilled again later.
+
+A plan may be made while the one before is still under way (`schedule_ahead`): its rows have room for whatever that one
+turns out to do, and a row whose sequence has ended by then runs nothing.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import deque
 
 from .cache.pages import OutOfPages, PagePool
 from .cache.prefix import PrefixCache, Unit
 from .counters import SchedulerCounters
+from .forecast import Coming, forecast, known, what_ran
 from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
 from .sequence import Sequence, Status
 
@@ -22,20 +27,30 @@ class Scheduler:
 
     Invariants after every call: each page is free, idle in the prefix cache, or owned by a running sequence; a waiting
     sequence owns nothing; a sequence ends exactly once.
+    row_share: how much longer a forward takes for one more position (see `prices.py`).
     """
 
     def __init__(
-        self, pool: PagePool, prefix: PrefixCache, *, page_size: int, max_running: int, token_budget: int
+        self,
+        pool: PagePool,
+        prefix: PrefixCache,
+        *,
+        page_size: int,
+        max_running: int,
+        token_budget: int,
+        row_share: float = 0.003,
     ) -> None:
         self.pool = pool
         self.prefix = prefix
         self.page_size = page_size
         self.token_budget = token_budget
+        self.row_share = row_share
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []  # by order of arrival
         self.running: list[Sequence] = []  # by order of arrival
         self._slots = list(range(max_running - 1, -1, -1))
-        self._planned: list[tuple[Sequence, RowPlan]] = []
+        self._under_way: deque[list[tuple[Sequence, RowPlan]]] = deque()  # the rows of plans, oldest first
+        self._short = False  # of pages: somebody was left out of a plan made ahead
         self._step = 0
         self._keeps: list[tuple[int, int]] = []
         self._forgets: list[int] = []
@@ -62,30 +77,61 @@ class Scheduler:
     # ---------------------------------------------------------------- a step
 
     def schedule(self) -> StepPlan:
-        """Plan the next forward. The rows are empty only if nothing is running or waiting."""
+        """Plan the next forward; no other is under way. The rows are empty only if nothing is running or waiting."""
+        self._short = False
+        return self._plan({sequence: known(sequence) for sequence in self.running}, ahead=False)
+
+    def schedule_ahead(self) -> StepPlan | None:
+        """Plan the forward behind the one that is under way; None where it has to wait for that one's reports.
+
+        Nobody is preempted for it: what the device has of a row is not known here by now.
+        """
+        if self._short:
+            return None
+        comings: dict[Sequence, Coming] = {}
+        under_way = dict(self._under_way[-1])
+        for sequence in self.running:
+            if sequence.geometry.canvas and sequence.caches_blocks:
+                return None  # a step of the block, or of all of the canvas: too far apart
+            row = under_way.get(sequence)
+            share = self.row_share
+            coming = known(sequence) if row is None else forecast(sequence, row, len(self.running), share)
+            if coming is not None:
+                comings[sequence] = coming
+        if not comings and not self.waiting:
+            return None
+        plan = self._plan(comings, ahead=True)
+        return plan if plan != StepPlan() else None
+
+    def _plan(self, comings: dict[Sequence, Coming], ahead: bool) -> StepPlan:
+        """comings: of the running sequences that may take part."""
         rows: dict[Sequence, RowPlan] = {}
         grants: dict[Sequence, PageGrant] = {}
         budget = self.token_budget
         preemptions = self.counters.preemptions
 
-        for sequence in sorted(self.running, key=lambda s: (s.last_step, s.prefilling, s.order)):
+        for sequence in sorted(comings, key=lambda s: (s.last_step, s.prefilling, s.order)):
             if (budget <= 0 and rows) or sequence.status is not Status.RUNNING:
                 continue
-            width = self._width_within(sequence, budget) or self._least_width(sequence, alone=not rows)
+            coming = comings[sequence]
+            width = self._width_within(sequence, coming, budget) or self._least_width(sequence, coming, alone=not rows)
             if not width:
                 continue
-            grant, width = self._extend(sequence, width, rows, grants)
+            if ahead:
+                grant, width = self._reserve(sequence, coming, width)
+            else:
+                grant, width = self._extend(sequence, coming, width, rows, grants)
             if not width:
                 continue
             if grant:
                 grants[sequence] = grant
-            rows[sequence] = self._row(sequence, width)
+            rows[sequence] = self._row(sequence, coming, width)
             budget = max(budget - width - rows[sequence].scratch, 0)
 
         admissions = []
         # Whoever was preempted just now must not take the pages back before the older ones have what they need.
         candidates = list(self.waiting) if self._slots and preemptions == self.counters.preemptions else []
-        for sequence in candidates:
+        for sequence in () if self._short else candidates:
             if not self._slots:
                 break
             if not self._admissible(sequence):
@@ -95,48 +141,52 @@ class Scheduler:
             admissions.append(self._admission(sequence))
             grants[sequence] = PageGrant(self._slot(sequence), 0, list(sequence.pages))
             # Without budget left it comes first in the next step.
-            width = self._width_within(sequence, budget) or self._least_width(sequence, alone=not rows)
+            coming = known(sequence)
+            width = self._width_within(sequence, coming, budget) or self._least_width(sequence, coming, alone=not rows)
             if width:
-                rows[sequence] = self._row(sequence, width)
+                rows[sequence] = self._row(sequence, coming, width)
                 budget = max(budget - width - rows[sequence].scratch, 0)
 
         self._step += 1
         for sequence in rows:
             sequence.last_step = self._step
-        self._planned = sorted(rows.items(), key=lambda item: (item[1].strategy, item[0].order))
+        planned = sorted(rows.items(), key=lambda item: (item[1].strategy, item[0].order))
+        if planned:
+            self._under_way.append(planned)
         keeps, forgets = self._keeps, self._forgets
         self._keeps, self._forgets = [], []
-        return StepPlan(admissions, list(grants.values()), [row for _, row in self._planned], keeps, forgets)
+        return StepPlan(admissions, list(grants.values()), [row for _, row in planned], keeps, forgets)
 
     def planned(self) -> list[Sequence]:
-        """The sequences of the last plan, in the order of its rows."""
-        return [sequence for sequence, _ in self._planned]
+        """The sequences of the oldest plan under way, in the order of its rows."""
+        return [sequence for sequence, _ in self._under_way[0]] if self._under_way else []
 
     def update(self, reports: list[RowReport], now: float = 0.0) -> list[tuple[Sequence, list[int]]]:
-        """Take in the reports of the last plan's rows; returns newly committed prefix tokens, in row order.
+        """Take in the reports of the oldest plan's rows; returns newly committed prefix tokens, in row order.
 
-        Reports of sequences that were aborted or preempted meanwhile are dropped. Finished sequences are released.
-        now: seconds of the clock that times blocks.
+        Reports of sequences that were aborted or preempted meanwhile, or had ended before, are dropped. Finished
+        sequences are released. now: seconds of the clock that times blocks.
         """
         before = self.counters.positions
         committed = []
-        for (sequence, row), report in zip(self._planned, reports, strict=True):
+        planned = self._under_way.popleft() if self._under_way else []
+        for (sequence, row), report in zip(planned, reports, strict=True):
             if sequence.status is not Status.RUNNING:
                 continue
             committed.append((sequence, self._apply(sequence, row, report, now)))
-        self.counters.count_forward(len(self._planned), before)
-        self._planned = []
+        self.counters.count_forward(len(planned), before)
         return committed
 
     def retreat(self) -> list[Sequence]:
-        """Undo the last plan, whose forward failed; returns its rows' sequences, in the order of arrival.
+        """Undo the one plan under way, whose forward failed; returns its rows' sequences, in the order of arrival.
 
         Whatever runs waits again, and will be admitted as it was before: nobody knows what the device has of it.
         """
-        planned = sorted((s for s, _ in self._planned if s.status is Status.RUNNING), key=lambda s: s.order)
+        (rows,) = self._under_way
+        planned = sorted((s for s, _ in rows if s.status is Status.RUNNING), key=lambda s: s.order)
         for sequence in list(self.running):
             self._preempt(sequence)
-        self._planned = []
+        self._under_way.clear()
         return planned
 
     def fail(self, sequence: Sequence) -> None:
@@ -146,36 +196,36 @@ class Scheduler:
 
     # ---------------------------------------------------------------- one row
 
-    def _width_within(self, sequence: Sequence, budget: int) -> int:
+    def _width_within(self, sequence: Sequence, coming: Coming, budget: int) -> int:
         """The whole next step if the budget has room for it, else as many whole blocks of clean tokens as fit."""
-        if sequence.width + sequence.scratch <= budget:
-            return sequence.width
+        if coming.width + coming.scratch <= budget:
+            return coming.width
         unit = self._unit(sequence)
-        return min(sequence.clean // unit, budget // unit) * unit
+        return min(coming.clean // unit, budget // unit) * unit
 
-    def _least_width(self, sequence: Sequence, alone: bool) -> int:
+    def _least_width(self, sequence: Sequence, coming: Coming, alone: bool) -> int:
         """What moves a sequence on that is alone in a forward, however small the budget is by now."""
         if not alone:
             return 0
         unit = self._unit(sequence)
-        return unit if unit <= sequence.clean else sequence.width
+        return unit if unit <= coming.clean else coming.width
 
     def _unit(self, sequence: Sequence) -> int:
         """What clean tokens come in: a frontier needs no grid."""
         return 1 if sequence.geometry.feed else sequence.geometry.block
 
-    def _row(self, sequence: Sequence, width: int) -> RowPlan:
-        whole = width == sequence.width
-        segments = sequence.segments if whole else 0
+    def _row(self, sequence: Sequence, coming: Coming, width: int) -> RowPlan:
+        whole = width == coming.width
+        segments = coming.segments if whole else 0
         geometry = sequence.geometry
         scratch = segments * geometry.segment
-        reach = max(sequence.start + geometry.block, geometry.canvas) if whole else 0
+        end = coming.reach + scratch if whole else coming.run_start + width
         return RowPlan(
             slot=self._slot(sequence),
             strategy=sequence.request.decoding.strategy,
             width=width,
-            targets=sequence.targets if whole else 0,
-            end=max(sequence.run_start + width + scratch, reach),
+            targets=coming.targets if whole else 0,
+            end=end,
             segments=segments,
             segment=geometry.segment,
         )
@@ -183,6 +233,7 @@ class Scheduler:
     def _extend(
         self,
         sequence: Sequence,
+        coming: Coming,
         width: int,
         rows: dict[Sequence, RowPlan],
         grants: dict[Sequence, PageGrant],
@@ -193,21 +244,16 @@ class Scheduler:
         preempt from the young end. Returns width 0 if the sequence itself had to go.
         """
         while True:
-            scratch = sequence.scratch if width == sequence.width else 0
-            reach = max(sequence.run_start + width + scratch, sequence.geometry.canvas)
-            missing = self._pages_for(reach) - len(sequence.pages)
-            if missing <= 0:
-                return None, width
-            first = len(sequence.pages)
-            self.prefix.evict(missing)
+            scratch = coming.scratch if width == coming.width else 0
             try:
-                pages = self.pool.allocate(missing)
+                grant = self._allocate(sequence, max(coming.run_start + width + scratch, sequence.geometry.canvas))
             except OutOfPages:
                 if scratch:
-                    sequence.segments = 0
+                    coming.segments = 0
                     continue
-                if 0 < sequence.clean < width and self._pages_for(sequence.final_len + sequence.clean) <= first:
-                    width = sequence.clean
+                held = len(sequence.pages)
+                if 0 < coming.clean < width and self._pages_for(sequence.final_len + coming.clean) <= held:
+                    width = coming.clean
                     continue
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -216,15 +262,35 @@ class Scheduler:
                 if victim is sequence:
                     return None, 0
                 continue
-            sequence.pages.extend(pages)
-            return PageGrant(self._slot(sequence), first, pages), width
+            return grant, width
+
+    def _reserve(self, sequence: Sequence, coming: Coming, width: int) -> tuple[PageGrant | None, int]:
+        """Pages for wherever the next `width` positions will stand; width 0 if there are none."""
+        end = coming.reach + coming.scratch if width == coming.width else coming.run_start + width
+        try:
+            return self._allocate(sequence, end), width
+        except OutOfPages:
+            self._short = True
+            return None, 0
+
+    def _allocate(self, sequence: Sequence, end: int) -> PageGrant | None:
+        """Pages up to position `end`. Raises OutOfPages; then nothing was taken."""
+        first = len(sequence.pages)
+        missing = self._pages_for(end) - first
+        if missing <= 0:
+            return None
+        self.prefix.evict(missing)
+        pages = self.pool.allocate(missing)
+        sequence.pages.extend(pages)
+        return PageGrant(self._slot(sequence), first, pages)
 
     def _apply(self, sequence: Sequence, row: RowPlan, report: RowReport, now: float) -> list[int]:
-        known = len(sequence.tokens)
+        before = len(sequence.tokens)
         sequence.forwards += 1
-        sequence.positions += row.width + row.scratch
-        self.counters.count_row(sequence, row, report)
-        new = report.window[known - sequence.start : report.prefix - sequence.start] if report.prefix > known else []
+        ran = what_ran(sequence, row)
+        sequence.positions += ran.width + ran.scratch
+        self.counters.count_row(sequence, ran, report)
+        new = report.window[before - sequence.start : report.prefix - sequence.start] if report.prefix > before else []
         sequence.tokens.extend(new)
         self.counters.committed_tokens += len(new)
         if report.finish:

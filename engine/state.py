@@ -31,7 +31,8 @@ class RowState:
 
     tokens, decided: [rows, length]. Undecided positions hold the mask id, or a draft.
     prompt_len, start, final_len, step, limit: [rows]; see `Sequence`. block, origin, canvas: [rows]; see `Geometry`.
-    fresh: [rows] bool, the active block's slots hold K/V of a whole-block forward (sub-block cache).
+    fresh: [rows] bool, the active block's slots hold K/V of a whole-block forward (sub-block cache). finished: [rows]
+        bool, the text has ended; the row runs nothing any more.
     drafts: [rows], drafts of masks that stand behind `start`; draft_confidence: [rows, MAX_DRAFT] float32. row_cost:
         [rows] float32, what a row of the coming step must promise (the parameter of that name, or what the load says).
     stops: [rows, K] ids that end the text, padded with -1; stops_from: [rows, K] the position below which each is
@@ -52,6 +53,7 @@ class RowState:
     origin: Tensor
     canvas: Tensor
     fresh: Tensor
+    finished: Tensor
     drafts: Tensor
     draft_confidence: Tensor
     row_cost: Tensor
@@ -93,6 +95,7 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
         origin=ints(rows),
         canvas=ints(rows),
         fresh=torch.zeros(rows, dtype=torch.bool, device=device),
+        finished=torch.zeros(rows, dtype=torch.bool, device=device),
         drafts=ints(rows),
         draft_confidence=torch.zeros((rows, MAX_DRAFT), dtype=torch.float32, device=device),
         row_cost=floats(),
@@ -152,6 +155,7 @@ def admit_rows(
     write_list(state.origin, [row.geometry.origin for row in admissions])
     write_list(state.canvas, [row.geometry.canvas for row in admissions])
     write_list(state.fresh, [False] * len(admissions))
+    write_list(state.finished, [False] * len(admissions))
     write_list(state.drafts, [0] * len(admissions))
     write_list(state.row_cost, [0.0] * len(admissions))
     write_list(state.temperature, [0.0 if is_greedy(s) else s.temperature for s in sampling])

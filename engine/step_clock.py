@@ -10,8 +10,8 @@ from .histogram import Histogram
 class StepClock:
     """Used by a core around each step: `begin`, `launch`, `land`, `end`. Seconds of `time.perf_counter`.
 
-    The gap between two forwards is the time in which the device has nothing to do although there is work: from the
-    results of one to the launch of the next. Idle times are none.
+    The gap between two forwards is the time in which the device has nothing to do although there is work: from the end
+    of one to the beginning of the next. Idle times are none.
     """
 
     def __init__(self) -> None:
@@ -19,6 +19,7 @@ class StepClock:
         self.forward_seconds = Histogram("forward_seconds")
         self.host_gap_seconds = Histogram("host_gap_seconds")
         self._began = self._launched = 0.0
+        self._gap: float | None = None
         self._landed: float | None = None
 
     def begin(self) -> None:
@@ -26,12 +27,16 @@ class StepClock:
 
     def launch(self) -> None:
         self._launched = time.perf_counter()
-        if self._landed is not None:
-            self.host_gap_seconds.observe(self._launched - self._landed)
+        self._gap = None if self._landed is None else self._launched - self._landed
 
-    def land(self) -> None:
-        self._landed = time.perf_counter()
-        self.forward_seconds.observe(self._landed - self._launched)
+    def land(self, measured: tuple[float, float | None] | None = None) -> None:
+        """measured: seconds of the forward and of the gap before it, by the device's clock."""
+        now = time.perf_counter()
+        forward, gap = measured or (now - self._launched, self._gap)
+        self.forward_seconds.observe(forward)
+        if gap is not None and self._landed is not None:
+            self.host_gap_seconds.observe(gap)
+        self._landed, self._gap = now, None
 
     def end(self, busy: bool) -> None:
         self.step_seconds += time.perf_counter() - self._began

@@ -146,6 +146,7 @@ def advance(
         state.step[view.slots] = torch.where(moved, 0, view.step + steps).int()
         ran_block = whole & (span.run_start <= view.start) & (span.run_end > view.start)
         state.fresh[view.slots] = (view.fresh | ran_block) & ~moved
+    state.finished[view.slots] = finish != RUNNING
     state.start[view.slots] = start.int()
     state.final_len[view.slots] = final_len.int()
     if decision.drafts is not None:

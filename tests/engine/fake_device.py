@@ -59,6 +59,7 @@ class Row:
     sub_block: int
     sub_block_cache: bool
     fresh: bool = False
+    finished: bool = False
     table: list[int] = field(default_factory=list)
 
     def at(self, position: int) -> int | None:
@@ -66,10 +67,15 @@ class Row:
 
 
 class FakeDevice:
-    """stop_rate: share of decided tokens that are a stop id."""
+    """stop_rate: share of decided tokens that are a stop id. ahead: plans may be made before the last reports are in:
+    rows have more room than they need, or less, and then do less."""
 
-    def __init__(self, geometry: Geometry, pool: PagePool, page_size: int, seed: int, stop_rate: float) -> None:
-        self.geometry, self.pool, self.page_size = geometry, pool, page_size
+    def __init__(
+        self, geometry: Geometry, pool: PagePool, page_size: int, seed: int, stop_rate: float, ahead: bool = False
+    ) -> None:
+        self.geometry, self.pool, self.page_size, self.ahead = geometry, pool, page_size, ahead
+        self.idle = self.cut = 0  # rows of sequences that had ended; rows with less room than they needed
+        self.ran = 0  # positions
         self.random = random.Random(seed)
         self.stop_rate = stop_rate
         self.rows: dict[int, Row] = {}
@@ -117,18 +123,35 @@ class FakeDevice:
 
     def _forward(self, row: Row, plan: RowPlan) -> tuple[Span, bool]:
         span = self._span(row)
-        whole = span.end - span.start <= plan.width
+        if row.finished:
+            assert self.ahead, "the host plans nothing for a sequence that has ended"
+            self.idle += 1
+            return Span(span.start, span.start, span.start, [], False), False
+        if self.geometry.causal and span.start + plan.width >= row.start:
+            drafts = min(span.start + plan.width, row.start + plan.targets - 1) - row.start
+            assert drafts >= 0 or not plan.targets
+            if drafts >= 0:
+                self.cut += drafts + 1 < len(span.targets)
+                span.targets = span.targets[: drafts + 1]
+                span.end = min(span.end, row.start + drafts)
+        whole = span.end - span.start <= plan.width and len(span.targets) <= plan.targets
+        self.cut += not whole and plan.targets > 0
         if whole:
-            assert plan.width == span.end - span.start, "the host knows the width of a whole step"
+            assert self.ahead or plan.width == span.end - span.start, "the host knows the width of a whole step"
             assert plan.targets >= len(span.targets), "too few logits rows"
             shift = 1 if self.geometry.shifted else 0
             for offset in span.targets:
                 assert span.start <= row.start + offset - shift < span.end, "the row that predicts a target is not run"
         else:
             span.end = min(span.start + plan.width, span.clean_end)
-            assert plan.width == span.end - span.start > 0, "a chunk holds clean positions only"
-            assert plan.width % self.geometry.block == 0, "a chunk holds whole blocks"
-            assert plan.targets == 0, "a chunk asks about nothing"
+            assert span.end > span.start or self.ahead
+            if not self.ahead or not plan.targets:
+                assert plan.width == span.end - span.start, "a chunk holds clean positions only"
+                assert plan.targets == 0, "a chunk asks about nothing"
+            assert (span.end - span.start) % self.geometry.block == 0, "a chunk holds whole blocks"
+            if span.end <= span.start:
+                return span, False
+        self.ran += span.end - span.start
         reach = self._sees(span.end - 1)
         assert reach <= plan.end, "a row sees further than the plan says"
         assert max(reach, span.end) <= len(row.table) * self.page_size, "a row has no page for what it runs or sees"
@@ -198,6 +221,7 @@ class FakeDevice:
             finish, prefix = 1, stops[0] + 1
         elif whole and start + leading >= row.limit:
             finish = 2
+        row.finished = row.finished or finish > 0
         done = min(span.end, span.clean_end)
         if self.geometry.causal:
             row.start = start + leading if whole else start

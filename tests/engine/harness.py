@@ -9,7 +9,7 @@ from linocut.engine.cache.prefix import PrefixCache
 from linocut.engine.geometry import Geometry as Layout
 from linocut.engine.messages import AddRequest
 from linocut.engine.params import DecodingParams, ParameterValue, SamplingParams
-from linocut.engine.plan import StepPlan
+from linocut.engine.plan import RowReport, StepPlan
 from linocut.engine.scheduler import Scheduler
 from linocut.engine.sequence import Sequence, Status
 
@@ -28,14 +28,23 @@ class Harness:
         caching: bool = True,
         seed: int = 0,
         stop_rate: float = 0.0,
+        ahead: bool = False,
+        row_share: float = 0.003,
     ) -> None:
         self.geometry = geometry
         self.pool = PagePool(pages + 1)
         self.prefix = PrefixCache(self.pool, page_size, geometry.block, "test", caching)
         self.scheduler = Scheduler(
-            self.pool, self.prefix, page_size=page_size, max_running=max_running, token_budget=budget
+            self.pool,
+            self.prefix,
+            page_size=page_size,
+            max_running=max_running,
+            token_budget=budget,
+            row_share=row_share,
         )
-        self.device = FakeDevice(geometry, self.pool, page_size, seed, stop_rate)
+        self.device = FakeDevice(geometry, self.pool, page_size, seed, stop_rate, ahead)
+        self.ahead = ahead
+        self.under_way: list[list[RowReport]] = []
         self.max_running = max_running
         self.sequences: list[Sequence] = []
         self.steps = 0
@@ -69,7 +78,15 @@ class Harness:
         for choice in range(n):
             leader = choices[0] if choices else None
             order = len(self.sequences)
-            laid_out = Layout(geometry.block, seeds=geometry.shifted and not feed, feed=feed, refeeds=bool(feed))
+            window = feed or geometry.block
+            laid_out = Layout(
+                geometry.block,
+                seeds=geometry.shifted and not feed,
+                feed=feed,
+                refeeds=bool(feed),
+                window=window,
+                asks=window,
+            )
             sequence = Sequence(request, choice, order, laid_out, leader)
             choices.append(sequence)
             self.sequences.append(sequence)
@@ -90,21 +107,15 @@ class Harness:
         still_shared = sum(len(unit.pages) for unit in shared if unit.users)
         assert self.pool.free + self.prefix.idle_pages == free + len(pages) - still_shared, "pages are free at once"
 
-    def step(self) -> StepPlan:
-        """One step; every invariant that can be seen from outside is checked."""
+    def step(self) -> StepPlan | None:
+        """One step, as EngineCore has it; every invariant that can be seen from outside is checked. The last plan."""
         scheduler = self.scheduler
-        waiting, tokens = list(scheduler.waiting), {s: list(s.tokens) for s in self.sequences}
-        was_running = list(scheduler.running)
-        ready = {s: self._may_start(s) for s in waiting}
-        plan = scheduler.schedule()
-        scheduler.check()
+        tokens = {s: list(s.tokens) for s in self.sequences}
+        plan = None if self.under_way else self._launch(ahead=False)
+        if self.ahead and self.under_way:
+            plan = self._launch(ahead=True) or plan
         assert {s: list(s.tokens) for s in self.sequences} == tokens, "planning (and preempting) loses no token"
-        planned = scheduler.planned()
-        self._check_plan(plan, planned, was_running)
-        self._check_admissions(plan, waiting, ready)
-        slots = [(s.slot, s) for s in planned]
-        reports = self.device.execute(plan)
-        assert [slot for slot, _ in slots] == [row.slot for row in plan.rows]
+        reports = self.under_way.pop(0) if self.under_way else []
         for sequence, new in scheduler.update(reports):
             self.streamed[sequence] += new
             if sequence.finish:
@@ -120,10 +131,29 @@ class Harness:
         self.steps += 1
         return plan
 
+    def _launch(self, ahead: bool) -> StepPlan | None:
+        scheduler = self.scheduler
+        waiting, was_running = list(scheduler.waiting), list(scheduler.running)
+        ready = {s: self._may_start(s) for s in waiting}
+        preemptions = scheduler.counters.preemptions
+        plan = scheduler.schedule_ahead() if ahead else scheduler.schedule()
+        scheduler.check()
+        if plan is None:
+            return None
+        planned = [s for s, _ in scheduler._under_way[-1]] if plan.rows else []
+        assert not ahead or scheduler.counters.preemptions == preemptions, "nobody is preempted for a plan made ahead"
+        self._check_plan(plan, planned, was_running, ahead)
+        self._check_admissions(plan, waiting, ready)
+        reports = self.device.execute(plan)
+        assert [s.slot for s in planned] == [row.slot for row in plan.rows]
+        if plan.rows:
+            self.under_way.append(reports)
+        return plan
+
     def drain_requests(self, most: int = 20_000) -> None:
         """Step until nothing is left; what is cached stays."""
         begun = self.steps
-        while self.scheduler.busy:
+        while self.scheduler.busy or self.under_way:
             self.step()
             assert self.steps - begun < most, "some sequence starves"
 
@@ -153,11 +183,11 @@ class Harness:
 
     # ---------------------------------------------------------------- what a plan promises
 
-    def _check_plan(self, plan: StepPlan, planned: list[Sequence], was_running: list[Sequence]) -> None:
+    def _check_plan(self, plan: StepPlan, planned: list[Sequence], was_running: list[Sequence], ahead: bool) -> None:
         scheduler = self.scheduler
         assert sum(row.width for row in plan.rows) <= scheduler.token_budget, "the plan exceeds the token budget"
         assert all(row.width > 0 for row in plan.rows)
-        assert plan.rows or not scheduler.busy, "a step without rows while somebody waits"
+        assert plan.rows or not scheduler.busy or ahead, "a step without rows while somebody waits"
         assert len(scheduler.running) <= self.max_running
         running = set(scheduler.running)
         assert set(planned) <= running
@@ -165,9 +195,16 @@ class Harness:
         for row, sequence in zip(plan.rows, planned, strict=True):
             assert row.slot == sequence.slot
             held = len(sequence.pages) * scheduler.page_size
-            assert sequence.run_start + row.width <= held, "planned positions have no pages"
+            # Of plans made ahead, the device says whether pages are there for what it turns out to run.
+            assert ahead or sequence.run_start + row.width <= held, "planned positions have no pages"
         for sequence in running:
-            self.left_out[sequence] = 0 if sequence in planned else self.left_out.get(sequence, 0) + 1
+            if sequence in planned:
+                self.left_out[sequence] = 0
+            # A sequence that will have ended has no part in what comes; where pages are short, the next plan waits.
+            elif not ahead or not (scheduler._short or sequence.start + 1 >= sequence.limit):
+                self.left_out[sequence] = self.left_out.get(sequence, 0) + 1
+            else:
+                continue
             assert self.left_out[sequence] <= self.max_running, "the budget passes somebody over for ever"
         # Those that were preempted are the youngest: nobody older than a survivor had to go.
         gone = [s.order for s in was_running if s not in running]

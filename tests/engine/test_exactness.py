@@ -116,7 +116,9 @@ def test_with_preemptions_forced_by_a_tiny_pool(family: str, caching: bool) -> N
 
 @families
 @pytest.mark.parametrize("tight", [False, True])
-def test_with_the_next_forward_under_way_while_the_last_ones_results_are_told(family: str, tight: bool) -> None:
+def test_with_the_next_forward_planned_and_launched_before_the_last_ones_results_are_there(
+    family: str, tight: bool
+) -> None:
     """As on a GPU; also while strangers leave in between, and where pages run out."""
     pages = -(-(160 + BLOCK[family]) // 8)
     core = engine(family, **({"max_model_len": 160, "pages": pages, "page_size": 8} if tight else {}))
@@ -128,7 +130,16 @@ def test_with_the_next_forward_under_way_while_the_last_ones_results_are_told(fa
         core.step()
         assert core.scheduler.planned() or not core.busy, "a forward is under way between two steps"
         core.abort(Abort(request_id=message.request_id))
+    launch, ahead = core.launch, 0
+
+    def launch_and_count(plan: StepPlan) -> Flight | None:
+        nonlocal ahead
+        ahead += bool(core._flights)
+        return launch(plan)
+
+    core.launch = launch_and_count  # type: ignore[method-assign]
     assert_as_alone(run(core, mixed_requests(core, family)), family)
+    assert ahead > 10, "plans are made before the last one's reports are in"
 
 
 @families

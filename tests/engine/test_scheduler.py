@@ -59,6 +59,8 @@ def harnesses(draw: st.DrawFn) -> Harness:
         caching=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
         stop_rate=draw(st.sampled_from([0.0, 0.0, 0.1])),
+        ahead=draw(st.booleans()),
+        row_share=draw(st.sampled_from([0.003, 1.0])),
     )
 
 
@@ -78,8 +80,8 @@ def test_any_script_of_requests_and_aborts_keeps_the_invariants_and_ends(
 
 def test_so_does_a_heavy_load_that_meets_every_shortage() -> None:
     """Random scripts denser than the ones above, so that each of the scheduler's answers is known to be covered."""
-    preempted = hits = aborted = stopped = 0
-    for seed in range(90):
+    preempted = hits = aborted = stopped = idle = cut = 0
+    for seed in range(120):
         rng = random.Random(seed)
         geometry = rng.choice([Geometry(rng.choice([1, 3, 4, 8, 12]), rng.random() < 0.5), CAUSAL])
         page_size = rng.choice([1, 2, 4, 8, 16])
@@ -92,6 +94,8 @@ def test_so_does_a_heavy_load_that_meets_every_shortage() -> None:
             caching=rng.random() < 0.7,
             seed=seed,
             stop_rate=rng.choice([0.0, 0.02]),
+            ahead=seed % 2 == 1,
+            row_share=rng.choice([0.003, 1.0]),
         )
         script: list[tuple[Any, ...]] = []
         for _ in range(12):
@@ -116,7 +120,9 @@ def test_so_does_a_heavy_load_that_meets_every_shortage() -> None:
         hits += harness.prefix.hit_tokens > 0
         aborted += bool(harness.aborted)
         stopped += any(s.finish == "stop" for s in harness.sequences)
-    assert min(preempted, hits, aborted, stopped) > 12, (preempted, hits, aborted, stopped)
+        idle, cut = idle + (harness.device.idle > 0), cut + (harness.device.cut > 0)
+    assert min(preempted, hits, aborted, stopped, idle) > 12, (preempted, hits, aborted, stopped, idle)
+    assert cut > 2, "only long blocks are ever too dear to have room for in advance"
 
 
 def follow(harness: Harness, script: list[tuple[Any, ...]]) -> None:
@@ -328,8 +334,7 @@ def test_an_abort_frees_the_pages_at_once_and_no_report_brings_it_back(when: str
 def test_reports_of_sequences_aborted_while_their_forward_ran_are_dropped() -> None:
     harness = Harness(BLOCKS)
     (gone,), (stays,) = harness.add([1] * 4), harness.add([2] * 4)
-    plan = harness.scheduler.schedule()
-    reports = harness.device.execute(plan)
+    reports = harness.device.execute(harness.scheduler.schedule())
     harness.abort(gone)
     moved = harness.scheduler.update(reports)
     assert [sequence for sequence, _ in moved] == [stays]
@@ -341,18 +346,17 @@ def test_reports_of_sequences_aborted_while_their_forward_ran_are_dropped() -> N
 # ---------------------------------------------------------------------- counters
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("geometry", [BLOCKS, SHIFTED, CAUSAL])
-def test_counters_account_for_every_position_and_token(geometry: Geometry) -> None:
-    harness = Harness(geometry, budget=16, stop_rate=0.05)
-    widths = 0
+def test_counters_account_for_every_position_and_token(geometry: Geometry, ahead: bool) -> None:
+    harness = Harness(geometry, budget=16, stop_rate=0.05, ahead=ahead)
     for i in range(6):
         harness.add([i] * (5 + 7 * i), max_tokens=10 + i)
-    while harness.scheduler.busy:
-        widths += sum(row.width for row in harness.step().rows)
-    counters = harness.scheduler.counters
-    assert counters.prefill_positions + counters.commit_positions + counters.denoise_positions == widths
+    harness.drain_requests()
+    counters, ran = harness.scheduler.counters, harness.device.ran
+    assert counters.prefill_positions + counters.commit_positions + counters.denoise_positions == ran
     assert counters.committed_tokens == sum(len(tokens) for tokens in harness.streamed.values())
-    assert sum(s.positions for s in harness.sequences) == widths
+    assert sum(s.positions for s in harness.sequences) == ran
     # A prompt's last token is fed again to begin an answer; its last, ragged block is committed with the answer's part.
     whole = sum((s.prompt_len - geometry.causal) // geometry.block * geometry.block for s in harness.sequences)
     assert whole <= counters.prefill_positions <= sum(s.prompt_len for s in harness.sequences)

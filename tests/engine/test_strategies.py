@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from replays import replaying
 from tiny_engines import GOLDEN, engine, prompt_of, request, run
 from torch.overrides import TorchFunctionMode
 
@@ -98,6 +99,19 @@ def test_a_text_is_the_same_alone_and_among_strangers(family: str, strategy: str
     for key, answer in alone.items():
         assert answer.tokens, "there is a text to compare"
         assert crowded[key].text == answer.text
+
+
+@pytest.mark.parametrize(("family", "strategy"), PAIRS)
+def test_a_text_is_the_same_where_steps_are_planned_ahead(family: str, strategy: str) -> None:
+    """As on a GPU: sizes are rounded, rows have room for what may come, and those that have ended run nothing."""
+    core = core_of(family)
+    asked = requests_of(core, family, strategy)
+    expected = {key: answer.text for key, answer in run(core, asked).items()}
+    ahead = engine(family)
+    replays = replaying(ahead)
+    ahead.overlapping = True
+    assert {key: answer.text for key, answer in run(ahead, asked).items()} == expected
+    assert replays.replays
 
 
 @pytest.mark.parametrize(("family", "strategy"), [pair for pair in PAIRS if pair[0] in ("sdar16", "llada2", "wedlm")])

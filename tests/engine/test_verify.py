@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from converted import MASK, converted_folder
+from replays import replaying
 from tiny_engines import Answers, change_logits, engine, prompt_of, request, run
 
+from linocut.engine import forecast
 from linocut.engine.core import EngineCore
 from linocut.engine.errors import ModelError, ParameterError
 from linocut.engine.family import family_from_config
@@ -82,6 +84,20 @@ def test_neither_a_small_budget_nor_few_pages_change_it(
     assert texts(answers(core, DRAFTS)) == expected
     if "pages" in tight:
         assert core.stats().preemptions
+
+
+@pytest.mark.parametrize("room", [3, 16])
+def test_nor_does_planning_ahead(
+    folder: Path, expected: dict[tuple[str, int], Any], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for all drafts, or for few of them: those that do not fit are not fed."""
+    monkeypatch.setattr(forecast, "_FEW", room)
+    core = core_of(folder)
+    replaying(core)
+    core.overlapping = True
+    found = answers(core, DRAFTS)
+    assert texts(found) == expected
+    assert sum(len(a.tokens) for a in found.values()) > 1.02 * sum(a.forwards for a in found.values())
 
 
 def test_a_load_that_changes_does_not_change_it(folder: Path, expected: dict[tuple[str, int], Any]) -> None:

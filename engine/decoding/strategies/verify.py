@@ -91,8 +91,8 @@ class Verify(FrontierStrategy):
         worth = ends * _GAIN >= cost * length
         best = torch.zeros_like(useful).scatter_(1, ends.argmax(dim=1, keepdim=True), True)
         chosen = useful & (worth | best)
-        # Chosen ones first, in order.
-        order = torch.sort((~chosen).to(torch.uint8), dim=1, stable=True).indices
+        # The likeliest first: there may be no room for all.
+        order = torch.sort(torch.where(chosen, ends, -1.0), dim=1, descending=True, stable=True).indices
         segments = torch.where(chosen.gather(1, order), order.int(), -1)
         return Span(
             run_start=view.final_len,

@@ -1,0 +1,136 @@
+"""What a sequence runs next: as its last report says, or at most, while a step of it is still under way.
+
+Imports no torch. A device does what its state says, within what the host has reserved (`cap_span` in batch.py): rows
+that turn out wider than forecast run clean positions only, or fewer drafts, so that a forecast costs time where it is
+wrong, and never a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .plan import RowPlan
+from .prices import marginal_cost
+from .sequence import Sequence
+
+# Rows of a frontier that may always be fed, whatever the last step fed: drafts come and go.
+_FEW = 16
+
+
+@dataclass
+class Coming:
+    """The next whole step of a sequence, or bounds of it.
+
+    run_start, width: its positions are run_start .. run_start + width - 1, or as many of later ones. clean: as
+    `Sequence.clean`. targets, segments: as of a sequence. reach: no position that it runs or sees lies behind this one,
+    draft segments apart.
+    """
+
+    run_start: int
+    width: int
+    clean: int
+    targets: int
+    segments: int
+    reach: int
+    segment: int
+
+    @property
+    def scratch(self) -> int:
+        return self.segments * self.segment
+
+
+def known(sequence: Sequence) -> Coming:
+    """No step of it is under way."""
+    geometry = sequence.geometry
+    return Coming(
+        sequence.run_start,
+        sequence.width,
+        sequence.clean,
+        sequence.targets,
+        sequence.segments,
+        max(sequence.run_end, sequence.start + geometry.block, geometry.canvas),
+        geometry.segment,
+    )
+
+
+def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Coming | None:
+    """`row` is under way; None where nothing can come behind it, or nothing is to be said of what does.
+
+    rows: of the coming forward; share: how much longer a forward takes for one more position (`marginal_cost`).
+    """
+    geometry = sequence.geometry
+    if is_cut(sequence, row):
+        return _behind_chunk(sequence, row)
+    if geometry.canvas:
+        return None if sequence.caches_blocks else known(sequence)
+    if geometry.refeeds:
+        return _behind_frontier(sequence, row)
+    if geometry.feed:
+        window = 2 * geometry.feed
+        return _behind(sequence, window, geometry.feed, sequence.start + window)
+    return _behind_block(sequence, rows, share)
+
+
+def is_cut(sequence: Sequence, row: RowPlan) -> bool:
+    """Whether `row` has no room for the sequence's step, so that it runs clean positions and decides nothing."""
+    if sequence.width <= row.width and sequence.targets <= row.targets:
+        return False
+    # A frontier does with fewer drafts.
+    return not sequence.geometry.refeeds or row.width <= sequence.clean
+
+
+def what_ran(sequence: Sequence, row: RowPlan) -> RowPlan:
+    """`row` with what of its room the step took. The sequence is as it was before."""
+    width, targets, segments = sequence.width, sequence.targets, sequence.segments
+    if is_cut(sequence, row):
+        width, targets, segments = min(row.width, sequence.start - sequence.run_start), 0, 0
+    width, targets, segments = min(width, row.width), min(targets, row.targets), min(segments, row.segments)
+    if (width, targets, segments) == (row.width, row.targets, row.segments):
+        return row
+    return RowPlan(row.slot, row.strategy, max(width, 0), targets, row.end, segments, row.segment)
+
+
+def _behind(sequence: Sequence, width: int, targets: int, reach: int) -> Coming:
+    geometry = sequence.geometry
+    return Coming(sequence.start, width, 0, targets, sequence.segments, reach, geometry.segment)
+
+
+def _behind_chunk(sequence: Sequence, row: RowPlan) -> Coming:
+    """The rest of the same step: a chunk decides nothing."""
+    coming = known(sequence)
+    done = max(min(row.width, sequence.clean), 0)
+    coming.run_start, coming.width, coming.clean = coming.run_start + done, coming.width - done, coming.clean - done
+    return coming
+
+
+def _behind_frontier(sequence: Sequence, row: RowPlan) -> Coming | None:
+    """It moves on by as many tokens as it has asked about, at most. Where drafts do not fit, the device feeds fewer."""
+    geometry, start = sequence.geometry, sequence.start
+    if start + 1 >= sequence.limit:
+        return None  # one token more, and it has ended
+    width = min(geometry.window, max(sequence.width, _FEW))
+    start += min(sequence.targets, row.targets)
+    return Coming(sequence.start, width, 0, width, sequence.segments, start + width, geometry.segment)
+
+
+def _behind_block(sequence: Sequence, rows: int, share: float) -> Coming:
+    """The block once more, or its commit with the next one behind it."""
+    geometry, block = sequence.geometry, sequence.geometry.block
+    width, targets = block, geometry.asks
+    if not geometry.seeds and 2 * _finishing(sequence) >= block * marginal_cost(rows, share):
+        width = 2 * block
+    return _behind(sequence, width, targets, sequence.start + 2 * block)
+
+
+def _finishing(sequence: Sequence) -> float:
+    """How likely it is that the step under way decides the rest of the block.
+
+    A row that decides some positions a step on average is taken to decide the last m with a probability of their ratio.
+    """
+    decided = sequence.decided
+    left = decided.count(False) if decided else sequence.start + sequence.geometry.block - len(sequence.tokens)
+    if left > sequence.targets:
+        return 0.0
+    made = len(sequence.tokens) - sequence.prompt_len + sum(decided)
+    rate = max(made, 1) / max(sequence.forwards, 1)
+    return min(max(rate, 1.0) / max(left, 1), 1.0)
