@@ -68,6 +68,8 @@ def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Comin
     if geometry.feed:
         window = 2 * geometry.feed
         return _behind(sequence, window, geometry.feed, sequence.start + window)
+    if geometry.window > geometry.block:
+        return _behind_blocks(sequence)
     return _behind_block(sequence, rows, share)
 
 
@@ -120,6 +122,13 @@ def _behind_block(sequence: Sequence, rows: int, share: float) -> Coming:
     if not geometry.seeds and 2 * _finishing(sequence) >= block * marginal_cost(rows, share):
         width = 2 * block
     return _behind(sequence, width, targets, sequence.start + 2 * block)
+
+
+def _behind_blocks(sequence: Sequence) -> Coming:
+    """The blocks of the window once more, maybe with one more that is begun behind them."""
+    geometry, start = sequence.geometry, sequence.start
+    reach = min(sequence.run_end + geometry.block, geometry.end(sequence.limit))
+    return _behind(sequence, reach - start, geometry.asks, reach)
 
 
 def _finishing(sequence: Sequence) -> float:

@@ -30,7 +30,8 @@ class RowState:
     """State of `rows` slots; `length` positions each. Integers are int32 unless noted.
 
     tokens, decided: [rows, length]. Undecided positions hold the mask id, or a draft.
-    prompt_len, start, final_len, step, limit: [rows]; see `Sequence`. block, origin, canvas: [rows]; see `Geometry`.
+    prompt_len, start, final_len, step, limit: [rows]; see `Sequence`. block, window, origin, canvas: [rows]; see
+        `Geometry`.
     fresh: [rows] bool, the active block's slots hold K/V of a whole-block forward (sub-block cache). finished: [rows]
         bool, the text has ended; the row runs nothing any more.
     drafts: [rows], drafts of masks that stand behind `start`; draft_confidence: [rows, MAX_DRAFT] float32. row_cost:
@@ -50,6 +51,7 @@ class RowState:
     step: Tensor
     limit: Tensor
     block: Tensor
+    window: Tensor
     origin: Tensor
     canvas: Tensor
     fresh: Tensor
@@ -92,6 +94,7 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
         step=ints(rows),
         limit=ints(rows),
         block=ints(rows),
+        window=ints(rows),
         origin=ints(rows),
         canvas=ints(rows),
         fresh=torch.zeros(rows, dtype=torch.bool, device=device),
@@ -152,6 +155,7 @@ def admit_rows(
     write_list(state.step, [row.step for row in admissions])
     write_list(state.limit, [row.limit for row in admissions])
     write_list(state.block, [row.geometry.block for row in admissions])
+    write_list(state.window, [row.geometry.window for row in admissions])
     write_list(state.origin, [row.geometry.origin for row in admissions])
     write_list(state.canvas, [row.geometry.canvas for row in admissions])
     write_list(state.fresh, [False] * len(admissions))

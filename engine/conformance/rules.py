@@ -70,6 +70,7 @@ class Scene:
             limit=zeros + window,
             step=zeros + self.step,
             block=zeros + window,
+            window=zeros + window,
             canvas=zeros,
             tokens=self.tokens.int(),
             decided=self.tokens != self.mask,

@@ -90,6 +90,10 @@ class Strategy:
         """Positions from a row's `start` on that a step looks at."""
         raise NotImplementedError
 
+    def block(self, values: Values, traits: FamilyTraits) -> int:
+        """Positions of a block, of which the window holds one or several."""
+        return self.window(values, traits)
+
     def first_feed(self, values: Values, traits: FamilyTraits) -> int:
         """(frontier) Rows that a sequence's first step runs from its frontier on."""
         return self.window(values, traits)

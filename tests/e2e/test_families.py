@@ -92,8 +92,11 @@ def test_a_canvas_has_its_own_length_where_none_is_asked_for(served: Served) -> 
 @pytest.mark.parametrize(
     ("name", "strategies"),
     [
-        ("llada2", ["threshold", "static", "edit", "credit", "hierarchical", "freedave", "entropy", "factor"]),
-        ("llada22", ["levenshtein", "threshold", "edit", "freedave"]),
+        (
+            "llada2",
+            ["threshold", "static", "edit", "credit", "hierarchical", "freedave", "entropy", "factor", "pipeline"],
+        ),
+        ("llada22", ["levenshtein", "threshold", "edit", "freedave", "pipeline"]),
         ("wedlm", ["reorder", "autoregressive", "jacobi"]),
         ("dream", ["threshold", "entropy_bound", "hierarchical", "static"]),
     ],
