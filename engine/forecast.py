@@ -62,7 +62,7 @@ def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Comin
     if is_cut(sequence, row):
         return _behind_chunk(sequence, row)
     if geometry.canvas:
-        return None if sequence.caches_blocks else known(sequence)
+        return None if sequence.caches_blocks else _behind_canvas(sequence)
     if geometry.refeeds:
         return _behind_frontier(sequence, row)
     if geometry.feed:
@@ -95,6 +95,13 @@ def what_ran(sequence: Sequence, row: RowPlan) -> RowPlan:
 def _behind(sequence: Sequence, width: int, targets: int, reach: int) -> Coming:
     geometry = sequence.geometry
     return Coming(sequence.start, width, 0, targets, sequence.segments, reach, geometry.segment)
+
+
+def _behind_canvas(sequence: Sequence) -> Coming:
+    """All of it once more, whatever it asks about: where that did not fit, all of it would have run for nothing."""
+    coming = known(sequence)
+    coming.targets = sequence.geometry.asks
+    return coming
 
 
 def _behind_chunk(sequence: Sequence, row: RowPlan) -> Coming:

@@ -114,6 +114,19 @@ def test_a_text_is_the_same_where_steps_are_planned_ahead(family: str, strategy:
     assert replays.replays
 
 
+@pytest.mark.parametrize("strategy", ["threshold", "static", "pipeline"])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_no_forward_of_a_canvas_that_is_planned_ahead_is_for_nothing(family: str, strategy: str) -> None:
+    """Also where a block ends, and the next one has more to ask about than is left of this one."""
+    diffusion = {"strategy": strategy, "cache": "none", "block_length": 8}
+    forwards = []
+    for overlapping in (False, True):
+        core = engine(family)
+        core.overlapping = overlapping
+        forwards.append(run(core, [request(core, "a", prompt_of(9), 48, diffusion)])["a", 0].forwards)
+    assert forwards[0] == forwards[1]
+
+
 @pytest.mark.parametrize(("family", "strategy"), [pair for pair in PAIRS if pair[0] in ("sdar16", "llada2", "wedlm")])
 def test_a_preempted_row_goes_on_where_it_was(family: str, strategy: str) -> None:
     """What a strategy remembers of a row comes back with it."""

@@ -21,6 +21,9 @@ QWEN3 = Experts(8, 2, 32)
 LLADA2 = Experts(
     16, 4, 32, shared_intermediate=24, score="sigmoid", expert_bias="choice", groups=4, active_groups=2, scale=2.5
 )
+BY_BLOCKS = Experts(
+    16, 3, 32, shared_intermediate=24, score="sigmoid", expert_bias="choice", scale=2.5, capacity=5, block=4
+)
 LLADA_MOE = Experts(8, 3, 32, shared_intermediate=40, expert_bias="weight", normalise=False)
 CONFIGS = {
     "qwen3": QWEN3,
@@ -89,6 +92,22 @@ def routed(config: Experts, logits: list[float], bias: list[float]) -> dict[int,
     return {expert: scores[expert] / total * config.scale for expert in best}
 
 
+def routed_by_blocks(config: Experts, logits: list[list[float]], bias: list[float]) -> list[dict[int, float]]:
+    """Expert -> weight of each token, a block at a time, from the description of LLaDA2.2's router."""
+    found = []
+    scores = torch.tensor(logits, dtype=torch.float64).sigmoid().tolist()
+    ranked = [[score + more for score, more in zip(row, bias, strict=True)] for row in scores]
+    for first in range(0, len(ranked), config.block):
+        block = ranked[first : first + config.block]
+        allowed = sorted(range(config.count), key=lambda expert: -max(row[expert] for row in block))[: config.capacity]
+        for row, score in zip(block, scores[first : first + config.block], strict=True):
+            # Of equal ones the lowest expert first.
+            best = sorted(sorted(allowed), key=lambda expert: -row[expert])[: config.active]
+            total = sum(score[expert] for expert in best)
+            found.append({expert: score[expert] / total * config.scale for expert in best})
+    return found
+
+
 def expected(config: Experts, weights: Named, x: Tensor) -> Tensor:
     """[tokens, hidden] float64"""
     held = {name: tensor.double() for name, tensor in weights.tensors.items()}
@@ -98,9 +117,13 @@ def expected(config: Experts, weights: Named, x: Tensor) -> Tensor:
         return linear(up, held[f"mlp.{name}down_proj.weight"])
 
     bias = held.get("mlp.gate.expert_bias", torch.zeros(config.count)).tolist()
+    logits = linear(x.double(), held["mlp.gate.weight"]).tolist()
+    if config.capacity:
+        chosen_of = routed_by_blocks(config, logits, bias)
+    else:
+        chosen_of = [routed(config, row, bias) for row in logits]
     rows = []
-    for row in x.double():
-        chosen = routed(config, linear(row, held["mlp.gate.weight"]).tolist(), bias)
+    for row, chosen in zip(x.double(), chosen_of, strict=True):
         total = sum((swiglu(row, f"experts.{expert}.") * weight for expert, weight in chosen.items()), 0 * row)
         rows.append(total + swiglu(row, "shared_experts.") if config.shared_intermediate else total)
     return torch.stack(rows)
@@ -140,25 +163,6 @@ def test_a_good_expert_of_a_poor_group_is_not_chosen() -> None:
     assert experts.tolist() == [[2]]
 
 
-BY_BLOCKS = Experts(16, 3, 32, score="sigmoid", expert_bias="choice", scale=2.5, capacity=5, block=4)
-
-
-def routed_by_blocks(logits: list[list[float]], bias: list[float]) -> list[dict[int, float]]:
-    """Expert -> weight of each token, a block at a time, from the description of LLaDA2.2's router."""
-    found = []
-    scores = torch.tensor(logits, dtype=torch.float64).sigmoid().tolist()
-    ranked = [[score + more for score, more in zip(row, bias, strict=True)] for row in scores]
-    for first in range(0, len(ranked), BY_BLOCKS.block):
-        block = ranked[first : first + BY_BLOCKS.block]
-        allowed = sorted(range(16), key=lambda expert: -max(row[expert] for row in block))[: BY_BLOCKS.capacity]
-        for offset, row in enumerate(block):
-            # Of equal ones the lowest expert first.
-            best = sorted(sorted(allowed), key=lambda expert: -row[expert])[: BY_BLOCKS.active]
-            total = sum(scores[first + offset][expert] for expert in best)
-            found.append({expert: scores[first + offset][expert] / total * BY_BLOCKS.scale for expert in best})
-    return found
-
-
 @pytest.mark.parametrize("count", [4, 40, 42])
 def test_a_block_chooses_its_experts_together(count: int) -> None:
     """Padding may end within a block."""
@@ -166,8 +170,8 @@ def test_a_block_chooses_its_experts_together(count: int) -> None:
     logits = torch.randn(count, 16, generator=generator) * 2
     bias = torch.randn(16, generator=generator) * 0.5
     experts, weights = router(BY_BLOCKS, bias)(logits)
-    want = routed_by_blocks(logits.tolist(), bias.tolist())
-    alone = [routed_by_blocks([row], bias.tolist())[0] for row in logits.tolist()]
+    want = routed_by_blocks(BY_BLOCKS, logits.tolist(), bias.tolist())
+    alone = [routed_by_blocks(BY_BLOCKS, [row], bias.tolist())[0] for row in logits.tolist()]
     assert [set(row) for row in want] != [set(row) for row in alone], "blocks that change nothing prove nothing"
     for chosen, given, row in zip(experts.tolist(), weights.tolist(), want, strict=True):
         assert chosen == list(row)
@@ -213,7 +217,7 @@ def test_routing_is_in_float32_whatever_the_models_dtype() -> None:
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["float16 weights", "float32 weights"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS.values(), BY_BLOCKS], ids=[*CONFIGS, "llada2.2"])
 def test_a_token_is_the_weighted_sum_of_its_experts(config: Experts, half: bool) -> None:
     weights = Named(half)
     mlp, x = mlp_of(config, weights), tokens(37)
@@ -262,7 +266,7 @@ def test_an_empty_batch_stays_empty() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 64])
-@pytest.mark.parametrize("config", [QWEN3, LLADA2], ids=["qwen3", "llada2"])
+@pytest.mark.parametrize("config", [QWEN3, LLADA2, BY_BLOCKS], ids=["qwen3", "llada2", "llada2.2"])
 def test_products_grouped_by_expert_are_the_experts_one_by_one(config: Experts, count: int) -> None:
     """What a GPU runs, here with the plain product."""
     weights = Named()
@@ -284,7 +288,7 @@ def test_products_grouped_by_expert_are_the_experts_one_by_one(config: Experts, 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("config", [QWEN3, LLADA2], ids=["qwen3", "llada2"])
+@pytest.mark.parametrize("config", [QWEN3, LLADA2, BY_BLOCKS], ids=["qwen3", "llada2", "llada2.2"])
 def test_on_a_gpu_experts_run_without_waiting_and_in_a_graph(config: Experts, dtype: torch.dtype) -> None:
     class OnDevice(Named):
         def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
