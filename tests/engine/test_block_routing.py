@@ -10,6 +10,7 @@ import pytest
 import torch
 from naive_decoder import NaiveDecoder
 from plain_llada22 import BLOCK, DELETE, MASK, SPLIT, Llada22, llada22
+from replays import replaying
 from tiny_engines import Answers, cached_kv, engine, prompt_of, request, run
 from torch import Tensor
 
@@ -169,8 +170,21 @@ def test_padding_rows_take_no_part_in_a_block(folder: Path) -> None:
     requests = asked(core)
     want = texts(run(core, requests, gap=2))
     rounded = core_of(folder)
-    rounded.runner.rounding = True
+    replays = replaying(rounded)
+    rounded.overlapping = True
     assert texts(run(rounded, requests, gap=2)) == want
+    assert replays.replays
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_texts_are_the_same(folder: Path) -> None:
+    core = core_of(folder)
+    requests = asked(core)
+    want = texts(run(core, requests))
+    there = core_of(folder, device="cuda", pages=200)
+    for _ in range(3):
+        assert texts(run(there, requests, gap=1)) == want
+    assert there.stats().graph_forwards
 
 
 def test_what_runs_part_of_a_block_is_refused(folder: Path) -> None:

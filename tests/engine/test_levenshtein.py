@@ -9,6 +9,8 @@ import pytest
 import torch
 from naive_decoder import NaiveDecoder
 from plain_llada22 import BLOCK, DELETE, MASK, SPLIT, Llada22, llada22
+from replays import replaying
+from test_strategies import NoWaiting
 from tiny_engines import engine, prompt_of, request, run
 from torch import Tensor
 
@@ -177,6 +179,27 @@ def test_rows_among_others_and_preempted_say_the_same(folder: Path) -> None:
     crowded = run(core, asked, gap=1, observe=disturb)
     assert {name: answer.text for (name, _), answer in crowded.items()} == alone
     assert core.stats().preemptions > 3
+
+
+def test_it_says_the_same_planned_ahead_and_waits_for_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = core_of(folder)
+    expected = {key: answer.text for key, answer in run(core, requests(core)).items()}
+    ahead = core_of(folder)
+    replays = replaying(ahead)
+    ahead.overlapping = True
+    strategy = ahead.runner.strategies["levenshtein"]
+
+    def watched(method: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with NoWaiting():
+                return method(*args)
+
+        return call
+
+    for name in ("plan", "bias", "decide"):
+        monkeypatch.setattr(strategy, name, watched(getattr(strategy, name)))
+    assert {key: answer.text for key, answer in run(ahead, requests(ahead)).items()} == expected
+    assert replays.replays
 
 
 def test_nothing_of_a_block_is_out_before_it_ends(folder: Path) -> None:

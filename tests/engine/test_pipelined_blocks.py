@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dense_oracle import dense_forward
 from kv_check import KVCheck, recorded
 from naive_decoder import NaiveDecoder
@@ -126,7 +127,7 @@ def test_one_block_is_threshold_decoding(family: str, sampling: dict[str, Any]) 
     assert saved > 10, "blocks are decided side by side"
 
 
-def others(core: EngineCore, family: str) -> list[AddRequest]:
+def others(core: EngineCore) -> list[AddRequest]:
     asked: list[dict[str, Any]] = [
         {"threshold": 0.3, "halt": "linear", "halt_high": 2.0, "halt_low": 0.5},
         {"strategy": "pipeline", "threshold": 0.6},
@@ -143,7 +144,7 @@ def test_nothing_around_it_changes_it(family: str) -> None:
     core, alone = engine(family), {}
     for message in requests(core):
         alone |= texts(run(core, [message]))
-    assert texts(run(core, [*others(core, family), *requests(core)], gap=1)) == alone
+    assert texts(run(core, [*others(core), *requests(core)], gap=1)) == alone
     # Prompts in chunks, and forwards that hold no more than one row.
     small = engine(family, budget=16, prefix_caching=False)
     assert texts(run(small, requests(small))) == alone
@@ -154,11 +155,11 @@ def test_nothing_around_it_changes_it(family: str) -> None:
     # The next forward is planned before the results of this one are there.
     ahead = engine(family)
     ahead.overlapping = True
-    assert texts(run(ahead, [*others(ahead, family), *requests(ahead)], gap=1)) == alone
+    assert texts(run(ahead, [*others(ahead), *requests(ahead)], gap=1)) == alone
     # Sizes are rounded up, as on a GPU.
     rounded = engine(family)
     rounded.runner.rounding = True
-    assert texts(run(rounded, [*others(rounded, family), *requests(rounded)], gap=2)) == alone
+    assert texts(run(rounded, [*others(rounded), *requests(rounded)], gap=2)) == alone
     steps = 0
 
     def disturb(core: EngineCore) -> None:
@@ -170,6 +171,17 @@ def test_nothing_around_it_changes_it(family: str) -> None:
     before = core.stats().preemptions
     assert texts(run(core, requests(core), observe=disturb)) == alone
     assert core.stats().preemptions > before + 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_the_texts_are_the_same(family: str) -> None:
+    core = engine(family)
+    want = texts(run(core, requests(core)))
+    there = engine(family, device="cuda", pages=200)
+    for _ in range(3):
+        assert texts(run(there, [*others(there), *requests(there)], gap=1)) == want
+    assert there.stats().graph_forwards
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -49,7 +49,7 @@ class Levenshtein(GridStrategy):
 
     A round that would give what an earlier one gave (of the last HISTORY) changes its least certain position to the
     second best instead. LLaDA2.2's own code redraws a random position, up to five times; its ports, as here, the least
-    certain one.
+    certain one. As in the ports the mask is no candidate, and the cap decides what is left instead of leaving it open.
     """
 
     name = "levenshtein"
