@@ -11,7 +11,7 @@ import torch
 from naive_decoder import NaiveDecoder
 from plain_llada22 import BLOCK, DELETE, MASK, SPLIT, Llada22, llada22
 from replays import replaying
-from tiny_engines import Answers, cached_kv, engine, prompt_of, request, run
+from tiny_engines import Answers, cached_kv, engine, needs_gpu, prompt_of, request, run
 from torch import Tensor
 
 from linocut.engine.conformance.forward import Probe
@@ -176,7 +176,7 @@ def test_padding_rows_take_no_part_in_a_block(folder: Path) -> None:
     assert replays.replays
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_on_a_gpu_the_texts_are_the_same(folder: Path) -> None:
     core = core_of(folder)
     requests = asked(core)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from dense_oracle import dense_forward
 from kv_check import KVCheck, recorded
 from naive_decoder import NaiveDecoder
 from plain_llada22 import llada22
-from tiny_engines import BLOCK, GOLDEN, Answers, engine, prompt_of, request, run
+from tiny_engines import BLOCK, GOLDEN, Answers, engine, needs_gpu, prompt_of, request, run
 
 from linocut.engine.core import EngineCore
 from linocut.engine.decoding.registry import offered
@@ -173,7 +172,7 @@ def test_nothing_around_it_changes_it(family: str) -> None:
     assert core.stats().preemptions > before + 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu_the_texts_are_the_same(family: str) -> None:
     core = engine(family)
