@@ -19,7 +19,11 @@ MAX_BLOCKS = 4
 
 
 class PipelineParams(GridParams, frozen=True):
-    """Positions above a threshold in several blocks at once, each begun when enough of the one before is decided."""
+    """Positions above a threshold in several blocks at once, each begun when enough of the one before is decided.
+
+    A block that is begun early sees masks where its model was trained to see text, unless it was trained for this (D2F,
+    MBD-LMs): the text may be a worse one than `threshold` gives.
+    """
 
     threshold: Annotated[float, Meta(ge=0.0, le=1.0, description="commit if confidence > threshold")] = 0.9
     blocks: Annotated[int, Meta(ge=1, le=MAX_BLOCKS, description="blocks that a forward decides at most")] = 4
@@ -49,8 +53,7 @@ class Pipeline(GridStrategy):
     Diffusion Forcing (arXiv 2508.09192) and d3LLM (arXiv 2601.07568), on the attention that the model has.
 
     A block-causal model runs the blocks that are begun, and commits the full ones at the window's start in the forward
-    that goes on with the others. Its own training shows a block final tokens only; models trained to see unfinished
-    ones (D2F, MBD-LMs) lose less by it. On a canvas every forward runs what `cache` leaves of it.
+    that goes on with the others. On a canvas every forward runs what `cache` leaves of it.
     """
 
     name = "pipeline"
