@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import cache
 
 from .decoding.strategy import Needs, Strategy
 from .params import DecodingParams, SamplingParams
@@ -28,18 +29,26 @@ class SamplingFlags:
 def flags_of(
     sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy, edit_ids: tuple[int, ...] = ()
 ) -> SamplingFlags:
-    """edit_ids: the family's."""
+    """The same object for equal flags. edit_ids: the family's."""
     needs = strategy.needs(decoding.values)
     filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-    return SamplingFlags(
-        sampled=not is_greedy(sampling),
-        filtered=filtered,
-        stops_banned=sampling.ignore_eos or sampling.min_tokens > 0 or (bool(edit_ids) and not strategy.edits),
-        filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
-        entropy=bool(needs & Needs.ENTROPY),
-        margin=bool(needs & Needs.MARGIN),
-        smoothed=is_smoothed(decoding),
+    barred = bool(edit_ids) and not strategy.edits
+    return _kept(
+        SamplingFlags(
+            sampled=not is_greedy(sampling),
+            filtered=filtered,
+            stops_banned=sampling.ignore_eos or sampling.min_tokens > 0 or barred,
+            filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
+            entropy=bool(needs & Needs.ENTROPY),
+            margin=bool(needs & Needs.MARGIN),
+            smoothed=is_smoothed(decoding),
+        )
     )
+
+
+@cache
+def _kept(flags: SamplingFlags) -> SamplingFlags:
+    return flags
 
 
 def is_smoothed(decoding: DecodingParams) -> bool:

@@ -7,7 +7,7 @@ wrong, and never a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from .plan import RowPlan
 from .prices import marginal_cost
@@ -17,8 +17,7 @@ from .sequence import Sequence
 _FEW = 16
 
 
-@dataclass
-class Coming:
+class Coming(msgspec.Struct, gc=False):
     """The next whole step of a sequence, or bounds of it.
 
     run_start, width: its positions are run_start .. run_start + width - 1, or as many of later ones. clean: as
@@ -84,11 +83,11 @@ def is_cut(sequence: Sequence, row: RowPlan) -> bool:
 def what_ran(sequence: Sequence, row: RowPlan) -> RowPlan:
     """`row` with what of its room the step took. The sequence is as it was before."""
     width, targets, segments = sequence.width, sequence.targets, sequence.segments
+    if width == row.width and targets == row.targets and segments == row.segments:
+        return row
     if is_cut(sequence, row):
         width, targets, segments = min(row.width, sequence.start - sequence.run_start), 0, 0
     width, targets, segments = min(width, row.width), min(targets, row.targets), min(segments, row.segments)
-    if (width, targets, segments) == (row.width, row.targets, row.segments):
-        return row
     return RowPlan(row.slot, row.strategy, max(width, 0), targets, row.end, segments, row.segment)
 
 

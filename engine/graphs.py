@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .layout import StepInputs, StepLayout, StepShape, array_size, step_inputs
 
-# Steps of more positions are not captured: beyond some 10**13 operations the device is slower than the host in launching
-# kernel after kernel, and steps that large are mostly prefill, whose sizes differ.
+# Steps of more positions are not captured. Where positions times parameters pass the third number, the device is slower
+# than the host that launches kernel after kernel; and steps that large are mostly prefill, whose sizes differ.
 _LEAST, _MOST, _OPERATIONS = 1024, 4096, 10**12
 # Graphs kept; the least recently used one goes first.
 MAX_GRAPHS = 256

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import msgspec
 import torch
 
-from linocut.kernels.backend import Backend, default_backend
-
+from .attention_choice import choose_attention
 from .cache.pages import PagePool
 from .cache.prefix import PrefixCache
 from .config import EngineConfig
@@ -31,7 +29,7 @@ from .models.backbone import Backbone, backbone_from_config
 from .models.decoder import Decoder, allocate_cache
 from .models.weights import RandomWeights, WeightFiles
 from .parallel.ranks import ALONE, Ranks
-from .parallel.split import check_split
+from .parallel.split import check_split, part_of
 from .params import SamplingParams
 from .runner import ModelRunner
 from .scheduler import Scheduler
@@ -96,7 +94,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
     check_split(backbone, ranks.size)
     device = choose_device(config, ranks.rank)
     dtype = choose_dtype(config, backbone, device)
-    backend = _backend(config, backbone, device)
+    backend, flash = choose_attention(config, part_of(backbone, ranks.size), dtype, device)
     try:
         offer = offered(traits)
         defaults = resolve(offer, {"strategy": config.strategy, **config.strategy_parameters})
@@ -114,6 +112,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         device=device,
         quantization=config.quantization,
         backend=backend,
+        flash=flash,
         adapter_rank=_adapter_rank(raw) if traits.gated else 0,
         mask_id=traits.mask_id,
         draft_head=not config.random_weights and "draft_head.input" in weights,
@@ -189,7 +188,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         numerics=config.numerics,
-        attention=backend,
+        attention="triton, flash" if flash is not None else backend,
         quantization=config.quantization,
         prefix_caching=prefix_caching,
         token_budget=token_budget,
@@ -230,16 +229,3 @@ def _known_ids(what: str, ids: tuple[int, ...], vocab: int) -> tuple[int, ...]:
     if strange:
         log.warning("%s %s are outside the vocabulary of %d and are ignored", what, strange[:8], vocab)
     return tuple(i for i in ids if 0 <= i < vocab)
-
-
-def _backend(config: EngineConfig, backbone: Backbone, device: torch.device) -> Backend:
-    if config.attention == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("attention triton needs a GPU")
-    backend: Backend = default_backend(device) if config.attention == "auto" else config.attention
-    size = backbone.head_dim
-    if backend == "triton" and (size < 16 or size & (size - 1)):
-        if config.attention == "triton":
-            raise ConfigError(f"attention triton takes head sizes that are powers of two, not {size}")
-        log.warning("a head size of %d is not for the Triton kernels: the slower torch ones serve it", size)
-        return "torch"
-    return backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import multiprocessing
 import os
@@ -49,6 +50,9 @@ class EngineProcess:
             core = load_core(share_machine(self._config))
             if isinstance(core, EngineCore) and core.runner.graphs is not None:
                 warm_up(core)
+            # What is there by now stays: the collector need not look through it again, in the middle of a step.
+            gc.collect()
+            gc.freeze()
             self._send(Ready(model=core.info))
             self._serve(core)
         except BaseException as error:

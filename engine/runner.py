@@ -134,7 +134,8 @@ class ModelRunner:
 
     def _lay_out(self, plan: StepPlan) -> StepLayout:
         flags = SamplingFlags()
-        for some in {self._flags[row.slot] for row in plan.rows}:
+        # By identity: most rows' flags are one object, and its hash costs more than all else here.
+        for some in {id(own): own for own in (self._flags[row.slot] for row in plan.rows)}.values():
             flags |= some
         # Larger forwards are prefill: there the device is the slower side anyway, and padding would cost.
         small = sum(row.width + row.scratch for row in plan.rows) <= self._most

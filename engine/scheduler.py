@@ -110,7 +110,8 @@ class Scheduler:
         budget = self.token_budget
         preemptions = self.counters.preemptions
 
-        for sequence in sorted(comings, key=lambda s: (s.last_step, s.prefilling, s.order)):
+        # They come in the order of arrival, which the sort keeps.
+        for sequence in sorted(comings, key=lambda s: (s.last_step, s.prefilling)):
             if (budget <= 0 and rows) or sequence.status is not Status.RUNNING:
                 continue
             coming = comings[sequence]
@@ -276,9 +277,9 @@ class Scheduler:
     def _allocate(self, sequence: Sequence, end: int) -> PageGrant | None:
         """Pages up to position `end`. Raises OutOfPages; then nothing was taken."""
         first = len(sequence.pages)
-        missing = self._pages_for(end) - first
-        if missing <= 0:
+        if end <= first * self.page_size:
             return None
+        missing = self._pages_for(end) - first
         self.prefix.evict(missing)
         pages = self.pool.allocate(missing)
         sequence.pages.extend(pages)
@@ -390,6 +391,8 @@ class Scheduler:
 
     def _share_final_units(self, sequence: Sequence) -> None:
         size, per_unit = self.prefix.unit_tokens, self.prefix.unit_pages
+        if sequence.final_len < (len(sequence.units) + 1) * size:
+            return
         # Drafts behind a stop may have been right: their K/V is final, but they are no part of the text.
         final = min(sequence.final_len, len(sequence.tokens))
         while (len(sequence.units) + 1) * size <= final:

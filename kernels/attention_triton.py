@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap_triton import follow, overlap
+
 if TYPE_CHECKING:
     from .attention import AttentionLayout
 
@@ -47,35 +49,59 @@ def choose_config(
     processors: int,
     itemsize: int = 2,
 ) -> Config:
-    """Choose from host-known bounds only. The one place to tune."""
+    """Choose from host-known bounds only. The one place to tune; the comments say what an H200 said."""
     # A batch that mixes a prefill with many short rows is cut for its typical row, or those would mostly be padding.
     typical = max(1, min(max_query, 4 * tokens // max(rows, 1)))
-    block_m = max(16, triton.next_power_of_2(typical * group))
-    block_m = max(min(block_m, 128 if itemsize == 2 else 64), triton.next_power_of_2(group))
-    positions = block_m // group
-    tiles = min(rows * triton.cdiv(max_query, positions), tokens // positions + rows)
-    # As `check --tune` measured on an H100: large tiles want 128 keys and 8 warps, small ones 64 and 4; more splits
-    # than processors cost more in the join than they win.
-    large = block_m == 128 and head_dim == 128 and itemsize == 2
-    block_n = 128 if large else 64 if head_dim * itemsize <= 256 else 32
-    block_n = max(16, min(block_n, triton.next_power_of_2(max_visible)))
-    wanted = processors // max(1, tiles * kv_heads)
-    splits = 1
-    while splits * 2 <= min(wanted, max_visible // 128, 16):
+
+    def programs(block_m: int) -> int:
+        positions = block_m // group
+        count: int = kv_heads * min(rows * triton.cdiv(max_query, positions), tokens // positions + rows)
+        return count
+
+    needed = max(16, triton.next_power_of_2(typical * group), triton.next_power_of_2(group))
+    most = 128 if itemsize == 2 and head_dim >= 128 else 64
+    block_m = max(min(needed, most), triton.next_power_of_2(group))
+    if (
+        block_m == 128
+        and max_visible <= 2048
+        and (programs(128) < processors or _is_short_prefill(max_query, max_visible))
+    ):
+        # Smaller tiles keep more processors busy, and waste less of a short causal triangle.
+        block_m = max(64, triton.next_power_of_2(group))
+    # More splits than fill the processors cost more in the join than they win; small tiles come two to a processor.
+    fill = processors * (2 if needed <= block_m <= 64 else 1)
+    splits, count = 1, programs(block_m)
+    while splits * 2 <= min(fill // count, max_visible // 128, 32 if block_m <= 32 else 16):
         splits *= 2
-    num_stages = 4 if large else 3 if itemsize == 2 else 2
-    return Config(block_m, block_n, splits, num_warps=8 if large else 4, num_stages=num_stages)
+    num_warps, num_stages = 4, 2
+    if itemsize > 2:
+        block_n = 64 if head_dim * itemsize <= 256 else 32
+    elif block_m >= 128:
+        block_n, num_warps, num_stages = 128, 8, 4
+    elif _is_short_prefill(max_query, max_visible) and count >= 4 * processors:
+        block_n = 32
+    else:
+        # Where a processor has one program, more keys at a time are more in flight.
+        block_n = 64 if block_m == 64 and count * splits > processors else 128
+    block_n = max(16, min(block_n, triton.next_power_of_2(max_visible)))
+    return Config(block_m, block_n, splits, num_warps, num_stages)
+
+
+def _is_short_prefill(max_query: int, max_visible: int) -> bool:
+    return max_query >= 128 and max_visible <= 1024
 
 
 # Counts differ from batch to batch: compiling anew for each that is 1 or a multiple of 16 would stall requests.
 @triton.jit(do_not_specialize=["rows", "tokens", "tiles", "steps"])
 def _map_kernel(
-    start_ptr, map_ptr, rows, tokens, tiles, steps, POSITIONS: tl.constexpr, BLOCK: tl.constexpr
+    start_ptr, map_ptr, rows, tokens, tiles, steps,
+    POSITIONS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """map[tile] = (row, first query, number of queries). Row `rows` holds the padding tokens after the last row.
 
     Row r gets the tiles from start[r] // POSITIONS + r on: at least as many as it needs, found without a prefix sum.
     """
+    follow(OVERLAP)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros([BLOCK], tl.int32)  # the last row whose first tile is at most `tile`, by bisection
     high = tl.zeros([BLOCK], tl.int32) + rows + 1
@@ -141,9 +167,11 @@ def _attention_kernel(
     scratch_end_ptr, rows, tokens, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, page_row, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SCRATCH: tl.constexpr, UPCAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, kv_heads, splits). out: [tokens, HEADS, HEAD_DIM], or with splits [splits, tokens, HEADS, HEAD_DIM]
     float32, and best and total [splits, tokens, HEADS] float32."""
+    follow(OVERLAP)
     # The last tiles of a causal row have the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -209,9 +237,11 @@ def _attention_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _join_kernel(
-    part_ptr, best_ptr, total_ptr, out_ptr, count, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr
+    part_ptr, best_ptr, total_ptr, out_ptr, count,
+    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens * heads): the weighted mean of the splits' results."""
+    follow(OVERLAP)
     place = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, SPLITS).to(tl.int64) * count + place
     best = tl.load(best_ptr + places)
@@ -260,11 +290,19 @@ def triton_attention(
         GROUP=group, HEADS=heads, PAGE=page_size, HEAD_DIM=head_dim,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=config.splits > 1, SCRATCH=scratch,
         UPCAST=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **overlap(q.device, tokens),
     )  # fmt: skip
     if config.splits > 1:
         _join_kernel[(tokens * heads,)](
-            part, best, total, out, tokens * heads, SPLITS=config.splits, HEAD_DIM=head_dim, num_warps=4
+            part,
+            best,
+            total,
+            out,
+            tokens * heads,
+            SPLITS=config.splits,
+            HEAD_DIM=head_dim,
+            num_warps=4,
+            **overlap(q.device, tokens),
         )
     return out
 
@@ -278,7 +316,7 @@ def _tile_map(layout: AttentionLayout, positions: int, tokens: int) -> Tensor:
         found = torch.empty((tiles, 3), dtype=torch.int32, device=layout.query_start.device)
         _map_kernel[(triton.cdiv(tiles, _MAP_BLOCK),)](
             layout.query_start, found, rows, tokens, tiles, (rows + 1).bit_length(),
-            POSITIONS=positions, BLOCK=_MAP_BLOCK,
+            POSITIONS=positions, BLOCK=_MAP_BLOCK, **overlap(found.device, tokens),
         )  # fmt: skip
         layout.plans[key] = found
     result: Tensor = layout.plans[key]

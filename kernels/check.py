@@ -157,7 +157,7 @@ def statistics_checks(device: str, quick: bool, backend: Backend = "triton") -> 
                 kept_total=True,
                 backend=backend,
             )
-            found = merge_partials(partials, sampling, filtered_confidence=asked)
+            found = merge_partials(partials, sampling, filtered_confidence=asked, backend=backend)
             expected = statistics_oracle(logits, sampling, top_k=8, filtered_confidence=asked)
             label = f"statistics, {'filtered ' if filtered else ''}{'sampled' if sampled else 'greedy'}, {dtype}"
             yield Outcome(f"tokens unequal, {label}", unequal(found.token, expected.token), 0.0)

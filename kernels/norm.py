@@ -27,28 +27,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool, *, backend: Bac
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool, *, backend: Backend = "torch"
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    fused: bool,
+    *,
+    ahead: Tensor | None = None,
+    backend: Backend = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual), the sum rounded to the model dtype before it is normalised.
 
-    x, residual: [..., size] of one dtype; weight: [size].
+    x, residual: [..., size] of one dtype; weight: [size]. ahead: weights of the product that comes next, which some
+    GPUs begin to read meanwhile.
     """
     if backend == "triton":
         from .norm_triton import triton_add_rms_norm
 
-        return triton_add_rms_norm(x, residual, weight, eps, fused)
+        return triton_add_rms_norm(x, residual, weight, eps, fused, ahead)
     total = x + residual
     return rms_norm(total, weight, eps, fused), total
 
 
-def silu_and_mul(gate_up: Tensor, *, backend: Backend = "torch") -> Tensor:
+def silu_and_mul(gate_up: Tensor, *, ahead: Tensor | None = None, backend: Backend = "torch") -> Tensor:
     """SwiGLU's activation (Shazeer 2020): [..., 2 * inter] -> silu(first half) * second half, [..., inter].
 
-    The activation is rounded to the model dtype before the product, as Hugging Face's modules do.
+    The activation is rounded to the model dtype before the product, as Hugging Face's modules do. ahead: see
+    `add_rms_norm`.
     """
     if backend == "triton":
         from .norm_triton import triton_silu_and_mul
 
-        return triton_silu_and_mul(gate_up)
+        return triton_silu_and_mul(gate_up, ahead)
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate).mul_(up)

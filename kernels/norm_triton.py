@@ -8,16 +8,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap_triton import ahead_of, fetch_ahead, follow, overlap
+
 _MAX_TILE = 4096
+# About what arrives while one of these kernels and the start of the product take their time.
+_MOST_AHEAD = 16 << 20
 
 
 @triton.jit(do_not_specialize=["rows", "eps"])
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr,
-    rows, inner, size, x_outer, x_inner, r_outer, r_inner, eps,
-    FUSED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, inner, size, x_outer, x_inner, r_outer, r_inner, eps, ahead_ptr, ahead_chunks,
+    FUSED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x, residual: [rows / inner, inner, size] with strides (outer, inner, 1); out, total: [rows, size], contiguous."""
+    if AHEAD:
+        fetch_ahead(ahead_ptr, ahead_chunks, tl.program_id(0), tl.num_programs(0), THREADS)
+    follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < size)
@@ -38,7 +46,15 @@ def _norm_kernel(
 
 
 @triton.jit
-def _silu_kernel(x_ptr, out_ptr, inter, x_stride, BLOCK: tl.constexpr):
+def _silu_kernel(
+    x_ptr, out_ptr, inter, x_stride, ahead_ptr, ahead_chunks,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens, columns), 128 threads."""
+    if AHEAD:
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        fetch_ahead(ahead_ptr, ahead_chunks, program, tl.num_programs(0) * tl.num_programs(1), 128)
+    follow(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inter
@@ -51,15 +67,17 @@ def _silu_kernel(x_ptr, out_ptr, inter, x_stride, BLOCK: tl.constexpr):
 
 def triton_rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool) -> Tensor:
     """`norm.rms_norm`."""
-    return _launch(x, None, weight, eps, fused)[0]
+    return _launch(x, None, weight, eps, fused, None)[0]
 
 
-def triton_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool) -> tuple[Tensor, Tensor]:
+def triton_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool, ahead: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`norm.add_rms_norm`."""
-    return _launch(x, residual, weight, eps, fused)
+    return _launch(x, residual, weight, eps, fused, ahead)
 
 
-def triton_silu_and_mul(gate_up: Tensor) -> Tensor:
+def triton_silu_and_mul(gate_up: Tensor, ahead: Tensor | None) -> Tensor:
     """`norm.silu_and_mul`."""
     inter = gate_up.shape[-1] // 2
     flat = gate_up.reshape(-1, 2 * inter)
@@ -67,11 +85,17 @@ def triton_silu_and_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((*gate_up.shape[:-1], inter), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() > 0:
         grid = (flat.shape[0], triton.cdiv(inter, 1024))
-        _silu_kernel[grid](flat, out, inter, flat.stride(0), BLOCK=1024, num_warps=4)
+        coming, any_ahead = ahead_of(ahead, flat.shape[0], _MOST_AHEAD, flat)
+        _silu_kernel[grid](
+            flat, out, inter, flat.stride(0), **coming, AHEAD=any_ahead, BLOCK=1024, num_warps=4,
+            **overlap(flat.device, flat.shape[0]),
+        )  # fmt: skip
     return out
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, fused: bool) -> tuple[Tensor, Tensor]:
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, fused: bool, ahead: Tensor | None
+) -> tuple[Tensor, Tensor]:
     size = x.shape[-1]
     x3 = _three_dimensions(x)
     r3 = x3 if residual is None else _three_dimensions(residual)
@@ -81,12 +105,14 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, fuse
     rows = x3.shape[0] * inner
     block = triton.next_power_of_2(size)
     tile_rows = max(1, min(_MAX_TILE // 4 // block, triton.next_power_of_2(rows)))
+    warps = 4 if block * tile_rows <= 2048 else 8
     if rows > 0:
+        coming, any_ahead = ahead_of(ahead, rows, _MOST_AHEAD, x3)
         _norm_kernel[(triton.cdiv(rows, tile_rows),)](
             x3, r3, weight, out, total,
-            rows, inner, size, x3.stride(0), x3.stride(1), r3.stride(0), r3.stride(1), eps,
+            rows, inner, size, x3.stride(0), x3.stride(1), r3.stride(0), r3.stride(1), eps, **coming,
             FUSED=fused, ADD=residual is not None, ROWS=tile_rows, BLOCK=block,
-            num_warps=4 if block * tile_rows <= 2048 else 8,
+            THREADS=32 * warps, AHEAD=any_ahead, num_warps=warps, **overlap(x.device, rows),
         )  # fmt: skip
     return out, total
 

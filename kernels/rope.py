@@ -103,6 +103,7 @@ def rope_and_cache_write(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
+    ahead: Tensor | None = None,
     backend: Backend = "torch",
 ) -> Tensor:
     """Rotate q and k, write k and v into the cache, return the rotated q.
@@ -110,7 +111,8 @@ def rope_and_cache_write(
     q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]; all three may be strided views of one fused
     projection. table: [positions, rotary_dim] from `rope_table`. positions, slots: [tokens] int32 or int64; slot = page
     * page_size + offset, each at most once except in a reserved padding page. k_cache, v_cache: [pages, page_size,
-    kv_heads, head_dim] of q's dtype, written in place. Returns [tokens, heads, head_dim], contiguous.
+    kv_heads, head_dim] of q's dtype, written in place. Returns [tokens, heads, head_dim], contiguous. ahead: weights
+    of the product behind attention, which some GPUs begin to read meanwhile.
 
     The arithmetic is Hugging Face's, rounding to the table's dtype after every product and sum: x * cos +
     rotate_half(x) * sin. The table is of q's dtype, or of float32 for models that rotate in full precision (LLaDA).
@@ -118,7 +120,7 @@ def rope_and_cache_write(
     if backend == "triton":
         from .rope_triton import triton_rope_and_cache_write
 
-        return triton_rope_and_cache_write(q, k, v, table, positions, slots, k_cache, v_cache)
+        return triton_rope_and_cache_write(q, k, v, table, positions, slots, k_cache, v_cache, ahead)
     half = table.shape[1] // 2
     cos, sin = table.index_select(0, positions).unsqueeze(1).split(half, dim=-1)  # [tokens, 1, rotary_dim / 2]
     cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

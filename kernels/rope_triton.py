@@ -8,6 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap_triton import ahead_of, fetch_ahead, follow, overlap
+
+# About what arrives while attention of few rows takes its time.
+_MOST_AHEAD = 32 << 20
+
 
 @triton.jit
 def _rotate_heads(
@@ -47,10 +52,15 @@ def _copy_heads(x_ptr, out_ptr, head, heads, x_head, out_head, width, BLOCK: tl.
 def _rope_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, position_ptr, slot_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
     heads, kv_heads, head_dim, q_token, q_head, k_token, k_head, v_token, v_head, table_row, q_tiles, k_tiles,
+    ahead_ptr, ahead_chunks,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, tiles): tiles of HEADS heads, first those of q, then of k, then of v."""
+    """Grid (tokens, tiles): tiles of HEADS heads, first those of q, then of k, then of v. 64 threads."""
+    if AHEAD:
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        fetch_ahead(ahead_ptr, ahead_chunks, program, tl.num_programs(0) * tl.num_programs(1), 64)
+    follow(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     lane = tl.arange(0, HEADS)[:, None]
@@ -85,6 +95,7 @@ def triton_rope_and_cache_write(
     slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    ahead: Tensor | None,
 ) -> Tensor:
     """`rope.rope_and_cache_write`; the last dimension of q, k, v and table must have stride 1, caches be contiguous."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
@@ -98,12 +109,14 @@ def triton_rope_and_cache_write(
     tile_heads = min(8, triton.next_power_of_2(max(heads, kv_heads)))
     q_tiles, k_tiles = triton.cdiv(heads, tile_heads), triton.cdiv(kv_heads, tile_heads)
     rest = head_dim - 2 * half
+    coming, any_ahead = ahead_of(ahead, tokens, _MOST_AHEAD, q)
     _rope_kernel[(tokens, q_tiles + 2 * k_tiles)](
         q, k, v, table, positions, slots, out, k_cache, v_cache,
         heads, kv_heads, head_dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        table.stride(0), q_tiles, k_tiles,
+        table.stride(0), q_tiles, k_tiles, **coming,
         HALF=half, BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(rest) if rest > 0 else 0,
-        BLOCK_HEAD=triton.next_power_of_2(head_dim), HEADS=tile_heads, num_warps=2,
+        BLOCK_HEAD=triton.next_power_of_2(head_dim), HEADS=tile_heads, num_warps=2, AHEAD=any_ahead,
+        **overlap(q.device, tokens),
     )  # fmt: skip
     return out

@@ -61,7 +61,7 @@ def bench(
     block_size: Annotated[int | None, typer.Option(help="With --shape: the diffusion block.")] = None,
     sequences: Annotated[str, typer.Option(help="With --shape: sequences of a forward.")] = "1,8,64",
     contexts: Annotated[str, typer.Option(help="With --shape: cached positions of each.")] = "1024",
-    steps: Annotated[int, typer.Option(help="With --shape: steps timed; at most the block's length.")] = 20,
+    steps: Annotated[int, typer.Option(help="With --shape: steps timed.")] = 20,
     tensor_parallel_size: Annotated[int, typer.Option(help="With --shape: GPUs that hold the model together.")] = 1,
     dtype: str = "auto",
     device: str = "auto",

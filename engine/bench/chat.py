@@ -21,9 +21,10 @@ SEED = 0
 
 @dataclass(frozen=True)
 class ChatPrompts:
-    """ids: one list for each prompt. skipped: drawn records whose prompt leaves no room for an answer."""
+    """messages, ids: one list for each prompt. skipped: drawn records whose prompt leaves no room for an answer."""
 
     source: str
+    messages: list[list[Message]]
     ids: list[list[int]]
     skipped: int
 
@@ -45,9 +46,10 @@ def read_chat(path: Path, folder: Path, count: int, room: int) -> ChatPrompts:
     """
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     found = [messages for record in _records(path) if (messages := conversation(record))]
     random.Random(SEED).shuffle(found)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    kept: list[list[Message]] = []
     ids: list[list[int]] = []
     skipped = 0
     for messages in found:
@@ -59,12 +61,13 @@ def read_chat(path: Path, folder: Path, count: int, room: int) -> ChatPrompts:
         else:
             prompt = tokenizer.encode(messages[-1]["content"])
         if 0 < len(prompt) <= room:
+            kept.append(messages)
             ids.append(prompt)
         else:
             skipped += 1
     if not ids:
         raise ConfigError(f"{path} holds no prompt of at most {room} tokens in {', '.join(_FIELDS)}")
-    return ChatPrompts(path.name, ids, skipped)
+    return ChatPrompts(path.name, kept, ids, skipped)
 
 
 def conversation(record: dict[str, Any]) -> list[Message]:

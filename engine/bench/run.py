@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from rich.table import Table
 from ..config import EngineConfig
 from ..core import EngineCore
 from ..cores import load_core
+from ..decoding.parameters import resolve
 from ..errors import ConfigError
 from ..loading import load_model
 from ..params import ParameterValue
 from ..warm_up import CLIENTS, warm_up
 from .chat import ChatPrompts, read_chat
-from .denoise import copy_bandwidth, measure_denoise, weight_floor_ms
+from .claimed import claimed_contexts
+from .floor import copy_bandwidth, weight_floor_ms
 from .generation import Contender, GenerationRow, Ours, bench_prompts
 from .peers import LlamaPeer, TransformersPeer
 from .shapes import SHAPES, write_shape
+from .steady import measure_steady
 from .turns import Ratio, take_turns
 from .widths import width_forwards
 
@@ -147,22 +150,24 @@ def bench_shape(
     assert isinstance(core, EngineCore)
     bandwidth = copy_bandwidth(core.runner.state.device)
     floor = weight_floor_ms(core, bandwidth)
+    # One position a forward: what there is to decide is nearly constant.
+    decoding = resolve(core.info, {"threshold": 1.0} if core.traits.mask_id is not None else {})
     headings = ("sequences", "block", "context", "rows", "step ms", "device", "floor", "ratio")
     table = Table(*headings, title=f"{shape}: a denoise step, and reading the weights once")
     rows = []
-    for context in contexts:
-        for count in sequences:
-            row = measure_denoise(core, count, context, floor, steps)
-            rows.append(row.as_dict())
-            device = f"{row.device_ms:.2f}" if row.device_ms else "-"
-            ratio = f"{row.step_ms / floor:.2f}"
-            table.add_row(
-                *map(str, (count, row.block, context, f"{row.positions:.0f}")),
-                f"{row.step_ms:.2f}",
-                device,
-                f"{floor:.2f}",
-                ratio,
-            )
+    with claimed_contexts(core):
+        for context in contexts:
+            length = max(context // core.traits.block_size, 1) * core.traits.block_size
+            for count in sequences:
+                found = measure_steady(core, decoding, count, length, cycle=steps, most=steps)
+                rows.append({"block": core.traits.block_size, "floor_ms": floor, **asdict(found)})
+                table.add_row(
+                    *map(str, (count, core.traits.block_size, length, f"{found.positions:.0f}")),
+                    f"{found.step_ms:.2f}",
+                    f"{found.device_ms:.2f}" if found.device_ms else "-",
+                    f"{floor:.2f}",
+                    f"{found.step_ms / floor:.2f}",
+                )
     console.print(table)
     core.close()
     gpus = config.tensor_parallel_size

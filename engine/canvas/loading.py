@@ -98,7 +98,7 @@ def _refuse_what_does_not_apply(config: EngineConfig, shape: CanvasShape) -> Non
     """Raise ConfigError for settings of the other lane, instead of ignoring them, and for those that cannot fit."""
     foreign = {
         "quantization": config.quantization != "none",
-        "attention": config.attention == "triton",
+        "attention": config.attention in ("triton", "flash"),
         "numerics": config.numerics != "fast",
         "block_size": config.block_size is not None,
         "kv_memory": config.kv_memory is not None,

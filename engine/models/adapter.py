@@ -85,6 +85,11 @@ class Adapter:
             return y
         return y.index_add_(0, gate.rows, self._up(self._down(x[gate.rows])))
 
+    def weights(self, gate: Gate | None) -> Tensor | None:
+        """What a call with `gate` reads, where it is one matrix on a GPU."""
+        chosen = self._both if gate is not None and self._both is not None else self.base
+        return chosen.weight if isinstance(chosen, DenseLinear) else None
+
 
 def read_adapter(
     weights: Weights, name: str, base: Linear, inputs: int, outputs: int, rank: int, backend: Backend

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linocut.kernels.attention import AttentionLayout, staircase_attention
+from linocut.kernels.attention_flash import FlashAttention
 from linocut.kernels.backend import Backend
 from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
 from linocut.kernels.rope import rope_and_cache_write, rope_table
@@ -22,7 +23,7 @@ from ..parallel.vocabulary import VocabShare
 from .adapter import MASK_EMBEDDING, Adapter, Gate, WeightsInParts, read_adapter
 from .backbone import Backbone
 from .draft_head import read_draft_head
-from .linear import pack_linear
+from .linear import DenseLinear, pack_linear
 from .moe import MoeMlp
 from .names import NamedWeights
 
@@ -85,20 +86,19 @@ class Decoder:
         device: torch.device,
         quantization: Literal["none", "int8"],
         backend: Backend,
+        flash: FlashAttention | None = None,
         adapter_rank: int = 0,
         mask_id: int | None = None,
         draft_head: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.backbone, self.fused_norm, self.backend = backbone, fused_norm, backend
+        self.backbone, self.fused_norm, self.backend, self.flash = backbone, fused_norm, backend, flash
         self.dtype, self.device = dtype, device
         self.ranks, self.share = ranks, VocabShare(backbone.vocab, ranks)
         self.part = part_of(backbone, ranks.size)
         b = backbone
         q_size, kv_size = b.heads * b.head_dim, b.kv_heads * b.head_dim
         self.scale = b.head_dim**-0.5
-        if b.heads % b.kv_heads:
-            raise ModelError(f"{b.heads} attention heads cannot share {b.kv_heads} key-value heads evenly")
         try:
             precision = torch.float32 if b.rope_float32 else dtype
             self.rope = rope_table(
@@ -188,22 +188,31 @@ class Decoder:
                 q = rms_norm(q, layer.q_norm, b.norm_eps, self.fused_norm, backend=self.backend)
                 k = rms_norm(k, layer.k_norm, b.norm_eps, self.fused_norm, backend=self.backend)
             keys, values = cache.keys[index], cache.values[index]
-            q = rope_and_cache_write(q, k, v, self.rope, positions, slots, keys, values, backend=self.backend)
+            ahead = _weights(layer.output, gate)
+            q = rope_and_cache_write(
+                q, k, v, self.rope, positions, slots, keys, values, ahead=ahead, backend=self.backend
+            )
             if self.query_scale is not None:
                 q = q * self.query_scale.index_select(0, positions)
-            attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend)
+            attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend, flash=self.flash)
             attended = attended.reshape(attended.shape[0], -1)
             x = self.ranks.sum(_project(layer.output, attended, gate))
-            x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
+            x, residual = self._add_and_norm(x, residual, layer.post_norm, _weights(layer.gate_up, gate))
             if layer.gate_up is not None and layer.down is not None:
-                gated = silu_and_mul(_project(layer.gate_up, x, gate), backend=self.backend)
+                gated = silu_and_mul(
+                    _project(layer.gate_up, x, gate), ahead=_weights(layer.down, gate), backend=self.backend
+                )
                 x = self.ranks.sum(_project(layer.down, gated, gate))
             elif layer.moe is not None:
                 x = self.ranks.sum(layer.moe(x))
             if index + 1 < len(self.layers):
-                following = self.layers[index + 1].input_norm
-                x, residual = add_rms_norm(x, residual, following, b.norm_eps, self.fused_norm, backend=self.backend)
+                following = self.layers[index + 1]
+                x, residual = self._add_and_norm(x, residual, following.input_norm, _weights(following.qkv, gate))
         return x + residual
+
+    def _add_and_norm(self, x: Tensor, residual: Tensor, weight: Tensor, ahead: Tensor | None) -> tuple[Tensor, Tensor]:
+        eps = self.backbone.norm_eps
+        return add_rms_norm(x, residual, weight, eps, self.fused_norm, ahead=ahead, backend=self.backend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] before the final norm -> [rows, width of the share] in the model's dtype."""
@@ -225,6 +234,13 @@ class Decoder:
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [rows, hidden] -> [rows, hidden]."""
         return rms_norm(hidden, self.norm, self.backbone.norm_eps, self.fused_norm, backend=self.backend)
+
+
+def _weights(projection: Projection | None, gate: Gate | None) -> Tensor | None:
+    """What `_project` reads; None where it is packed in another way, or there is nothing."""
+    if isinstance(projection, Adapter):
+        return projection.weights(gate)
+    return projection.weight if isinstance(projection, DenseLinear) else None
 
 
 def _project(projection: Projection, x: Tensor, gate: Gate | None) -> Tensor:

@@ -69,6 +69,10 @@ class DenseLinear:
         bias = None if above._bias is None else pad(above._bias, (0, below.shape[0]))
         return cls(torch.cat([above._weight, below]), bias)
 
+    @property
+    def weight(self) -> Tensor:
+        return self._weight
+
     def first(self, rows: int) -> DenseLinear:
         """The first `rows` outputs alone; shares the weights."""
         return DenseLinear(self._weight[:rows], None if self._bias is None else self._bias[:rows])

@@ -68,7 +68,8 @@ def says(sampling: dict[str, Any]) -> Choose:
 
 
 def jacobi(**values: Any) -> dict[str, Any]:
-    return {"strategy": "jacobi", **values}
+    """Every row is run, whatever it promises."""
+    return {"strategy": "jacobi", "row_cost": 0.0, **values}
 
 
 # ---------------------------------------------------------------------- the text
@@ -232,6 +233,37 @@ def test_rejected_drafts_are_right_where_the_text_is_out_of_step_with_them(tmp_p
     )
     assert plain.tokens == recycled.tokens == want
     assert recycled.forwards * 3 < plain.forwards
+
+
+@pytest.mark.parametrize(("begun", "rows"), [(0, {8}), (3, {2})], ids=["right", "wrong"])
+def test_drafts_are_fed_as_far_as_they_pay(tmp_path: Path, begun: int, rows: set[int]) -> None:
+    """Of a cycle in step with the text all are right, of one out of step none is."""
+    core = engine("causal", plain=True, model=str(chain_folder(tmp_path)))
+    prompt = [24 + i % PERIOD for i in range(5 * PERIOD + begun)]
+    want = [24 + (begun + i) % PERIOD for i in range(64)]
+    plans = recorded(core)
+    way = jacobi(draft_length=PERIOD, row_cost=0.2)
+    answer = run(core, [request(core, "a", prompt, len(want), way)])["a", 0]
+    assert answer.tokens == want
+    assert {plan.rows[0].width for plan in plans[4:-1] if plan.rows} == rows
+
+
+def test_the_load_says_how_many_drafts_pay() -> None:
+    """One sequence on a machine that runs rows for nothing, and many on one where a row costs."""
+    core = lively()
+    prompts = [prompt_of(20, seed=seed) for seed in range(12)]
+    widths = {}
+    for share, count in ((0.0, 1), (0.05, 12)):
+        core.runner.row_share = share
+        plans = recorded(core)
+        asked = [request(core, str(i), prompts[i], 48, {"strategy": "jacobi"}) for i in range(count)]
+        answers = run(core, asked)
+        plain = run(core, [request(core, str(i), prompts[i], 48) for i in range(count)])
+        assert {key: a.text for key, a in answers.items()} == {key: a.text for key, a in plain.items()}
+        found = [row.width for plan in plans for row in plan.rows if row.strategy == "jacobi" and row.targets > 1]
+        widths[count] = sum(found) / len(found)
+    assert widths[1] > 13
+    assert widths[12] < widths[1] / 2
 
 
 # ---------------------------------------------------------------------- what is kept

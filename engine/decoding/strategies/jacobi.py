@@ -18,7 +18,9 @@ from ..view import Decision, RowView, Span, WindowStatistics
 # Rows that a step may run from the last token on, blocks and recycled drafts together: any token budget has room.
 MAX_ROWS = 256
 MAX_CANDIDATES = 16
-FRONT, POOL, RECYCLED = "jacobi_front", "jacobi_pool", "jacobi_recycled"
+FRONT, POOL, RECYCLED, PACE = "jacobi_front", "jacobi_pool", "jacobi_recycled", "jacobi_pace"
+# How much of a row's pace is its last forward's. Tokens that recycled drafts gain together, at most.
+_NEWEST, _GAIN = 0.25, 0.8
 
 
 class JacobiParams(msgspec.Struct, frozen=True):
@@ -39,6 +41,17 @@ class JacobiParams(msgspec.Struct, frozen=True):
             description="earlier forwards whose rejected drafts are tried again, as far as 256 rows hold them; 0: none",
         ),
     ] = 0
+    row_cost: (
+        Annotated[
+            float,
+            Meta(
+                ge=0.0,
+                le=1.0,
+                description="what a row must promise, in tokens, to be run; 0 runs all; default: by device and load",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class Jacobi(FrontierStrategy):
@@ -58,6 +71,9 @@ class Jacobi(FrontierStrategy):
     Recycling: the pool holds what the model said in the last forwards, and the next drafts are tried together with
     what followed the last token there. Such a branch is a draft segment, causal like the span. Of span and branches the
     longest confirmed one counts; the K/V of a branch is scratch, so its tokens are run once more with the next drafts.
+
+    A row is run if what it promises pays for it. Where k drafts were right in a forward on average, one is taken to be
+    right with a probability of k / (k + 1), and a draft promises that all up to it are.
     """
 
     name = "jacobi"
@@ -76,21 +92,26 @@ class Jacobi(FrontierStrategy):
 
     def memory(self, values: Values, traits: FamilyTraits) -> dict[str, Memory]:
         """FRONT: where the newest block ends. POOL: per forward, newest first, the ids it said from its start on.
-        RECYCLED: drafts of the branches of the next step. Ids are stored plus one, 0 is none."""
-        kept = {FRONT: Memory((), torch.int32)} if int(values["blocks"]) > 1 else {}
+        RECYCLED: drafts of the branches of the next step. PACE: right drafts of a forward. Ids and pace are stored plus
+        one, 0 is none."""
+        kept = {PACE: Memory((), torch.float32)}
+        if int(values["blocks"]) > 1:
+            kept[FRONT] = Memory((), torch.int32)
         if int(values["candidates"]):
             ids = Memory((MAX_ROWS, MAX_CANDIDATES), torch.int32)
             kept |= {POOL: ids, RECYCLED: ids}
         return kept
 
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
-        length = self._in_flight(view)
+        length = torch.minimum(self._in_flight(view), self._affordable(view))
         span = plan_frontier(view, length)
         if RECYCLED in view.memory:
             branches = view.recall(RECYCLED).transpose(1, 2)  # [rows, candidates, W]
             index = torch.arange(MAX_CANDIDATES, device=length.device)
             room = (MAX_ROWS - length) // (view.parameters["draft_length"] - 1)
             wanted = (branches[:, :, 0] > 0) & (index < room[:, None]) & (view.limit - view.start > 1)[:, None]
+            if not self.reference:
+                wanted = wanted & (view.row_cost * (view.parameters["draft_length"] - 1) <= _GAIN)[:, None]
             span.segments = torch.where(wanted, 0, -1).int()
             span.segment_tokens = branches - 1
         return span
@@ -110,6 +131,9 @@ class Jacobi(FrontierStrategy):
         offsets = view.offsets.long()
         source = torch.where(offsets + commits < length, offsets + commits, offsets % length.clamp(min=1))
         drafts = text.gather(1, source)
+        kept = view.recall(PACE)
+        now = accepted[:, 0].float() + 1.0
+        view.remember(PACE, torch.where(kept > 0, kept + _NEWEST * (now - kept), now))
         if FRONT in view.memory:
             view.remember(FRONT, self._next_front(view, agrees, commits[:, 0]))
         if POOL in view.memory:
@@ -122,6 +146,16 @@ class Jacobi(FrontierStrategy):
         if FRONT not in view.memory:
             return size
         return torch.minimum(torch.maximum(view.recall(FRONT) - view.start, size), self._most(view))
+
+    def _affordable(self, view: RowView) -> Tensor:
+        """[rows] int32, rows that pay for themselves: the last token's, and at least one draft's."""
+        pace = view.recall(PACE)
+        if self.reference:
+            return torch.full_like(view.start, MAX_ROWS)
+        right = ((pace - 1.0) / pace).clamp(min=1e-6)
+        drafts = view.row_cost.clamp(min=1e-9).log() / right.log()
+        drafts = torch.where((pace > 0) & (view.row_cost > 0), drafts, MAX_ROWS).clamp(1, MAX_ROWS)
+        return 1 + drafts.int()
 
     def _most(self, view: RowView) -> Tensor:
         return (view.parameters["blocks"] * view.parameters["draft_length"]).clamp(max=MAX_ROWS)

@@ -1,0 +1,1 @@
+"""The numbers of docs/performance.md: `python -m loadtests.performance`."""
