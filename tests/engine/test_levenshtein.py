@@ -176,8 +176,19 @@ def test_rows_among_others_and_preempted_say_the_same(folder: Path) -> None:
         if steps % 4 == 1 and core.scheduler.running:
             core.scheduler._preempt(core.scheduler.running[-1])
 
-    crowded = run(core, asked, gap=1, observe=disturb)
-    assert {name: answer.text for (name, _), answer in crowded.items()} == alone
+    strangers = [
+        request(core, f"stranger-{i}", prompt_of(9 + 7 * i, seed=60), 20, other, temperature=1.0, seed=i)
+        for i, other in enumerate(
+            [
+                {"strategy": "threshold", "threshold": 0.9, "halt": "linear", "halt_high": 2.0, "halt_low": 0.5},
+                {"strategy": "pipeline", "threshold": 0.3},
+                {"strategy": "edit", "threshold": 0.3, "edit_threshold": 0.2},
+                {"strategy": "credit"},
+            ]
+        )
+    ]
+    crowded = run(core, [*strangers, *asked], gap=1, observe=disturb)
+    assert {n: answer.text for (n, _), answer in crowded.items() if not n.startswith("stranger")} == alone
     assert core.stats().preemptions > 3
 
 
