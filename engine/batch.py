@@ -140,6 +140,9 @@ def build_batch(
 
     span: capped spans. start: [rows] first window positions. lengths: positions of each row, where the host knows them.
     """
+    if traits.routes_blocks:
+        # So blocks of the flat rows are blocks of sequences, or padding.
+        assert lengths is None or not any(n % traits.block_size for n in lengths), "a row runs part of a block"
     slots, row_of, offset = inputs.slots, inputs.row_of, inputs.offset
     places = span.run_start[row_of] + offset
     inside = places < span.run_end[row_of]

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .backend import Backend
 
@@ -19,6 +20,8 @@ def route(
     bias_counts: bool = False,
     groups: int = 1,
     active_groups: int = 1,
+    block: int = 0,
+    capacity: int = 0,
     normalise: bool = True,
     scale: float = 1.0,
     backend: Backend = "torch",
@@ -28,10 +31,11 @@ def route(
     Scores are a softmax or a sigmoid of the logits; experts are ranked by them plus `bias` ([experts] float32), which
     counts in the weights, too, with `bias_counts`. Only experts of the `active_groups` groups (of consecutive experts)
     whose two best sum highest are chosen from. On equal scores the lowest expert or group comes first. Each token by
-    itself.
+    itself, but with `capacity`: then the tokens of a block (`block` consecutive ones) choose from as many experts, those
+    that rank highest anywhere in the block.
     """
     # The Triton kernel keeps all experts of a token in registers, by groups.
-    if backend == "triton" and _is_power(logits.shape[1] // groups) and _is_power(groups):
+    if backend == "triton" and not capacity and _is_power(logits.shape[1] // groups) and _is_power(groups):
         from .routing_triton import triton_route
 
         return triton_route(logits, bias, active, score, bias_counts, groups, active_groups, normalise, scale)
@@ -44,11 +48,24 @@ def route(
             scores = ranked
     if groups > 1:
         ranked = ranked.masked_fill(~_in_best_groups(ranked, groups, active_groups), -torch.inf)
+    if capacity:
+        ranked = ranked.masked_fill(~_in_best_of_block(ranked, block, capacity), -torch.inf)
     experts = torch.sort(ranked, dim=1, descending=True, stable=True).indices[:, :active]
     weights = scores.gather(1, experts)
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if score == "sigmoid" else 0.0))
     return experts, weights * scale
+
+
+def _in_best_of_block(scores: Tensor, block: int, capacity: int) -> Tensor:
+    """[tokens, experts] bool"""
+    tokens, experts = scores.shape
+    # Padding may end anywhere.
+    filled = pad(scores, (0, 0, 0, -tokens % block), value=-torch.inf)
+    of_block = filled.view(-1, block, experts).amax(dim=1)  # [blocks, experts]
+    best = torch.sort(of_block, dim=1, descending=True, stable=True).indices[:, :capacity]
+    chosen = torch.zeros_like(of_block, dtype=torch.bool).scatter_(1, best, True)
+    return chosen[:, None].expand(-1, block, -1).reshape(-1, experts)[:tokens]
 
 
 def _in_best_groups(scores: Tensor, groups: int, active_groups: int) -> Tensor:

@@ -23,7 +23,8 @@ Linear = Callable[[Tensor], Tensor]
 class MoeMlp:
     """down(silu(gate(x)) * up(x)) of each token's experts, weighted and summed in float32, plus the shared experts.
 
-    On the CPU a token's result is its own, bit for bit, wherever `pack_linear` says so of a row (float32 and int8).
+    On the CPU a token's result is its own, bit for bit, wherever `pack_linear` says so of a row (float32 and int8), or
+    that of its block where experts are chosen by blocks.
     """
 
     def __init__(

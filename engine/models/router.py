@@ -30,6 +30,10 @@ class Router:
         In float32, whatever the model's dtype: a rounded score sends a token elsewhere. Qwen3-MoE: softmax over all,
         the best, renormalised. LLaDA2: sigmoid, a bias for choosing, experts of the groups whose two best sum highest,
         weights without the bias. LLaDA-MoE: softmax, not renormalised, a bias that counts.
+
+        LLaDA2.2: as LLaDA2, but among the experts that score highest anywhere in the token's block instead of those of
+        groups. Entries i * block .. (i + 1) * block - 1 of x are then a block of one sequence, or padding: whoever runs
+        such a model runs whole blocks (`FamilyTraits.routes_blocks`).
         """
         c = self.config
         return route(
@@ -40,6 +44,8 @@ class Router:
             bias_counts=c.expert_bias == "weight",
             groups=c.groups,
             active_groups=c.active_groups,
+            block=c.block,
+            capacity=c.capacity,
             normalise=c.normalise,
             scale=c.scale,
             backend=self.backend,
