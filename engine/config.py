@@ -13,7 +13,7 @@ from .params import ParameterValue
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Operator's choices; None means "choose from the model and the machine" (see `resolve` in core.py).
 
-    model: a local Hugging Face folder.
+    model: a folder, or another name that `resolve_model` knows; every process of the engine looks it up for itself.
     token_budget: positions a forward may hold, prefill and denoise together.
     replica, replicas: this engine is one of several on its machine, counted from 0 (see `share_machine` in machine.py).
     kv_memory: bytes for the KV pages; on CUDA the default is `memory_fraction` of the card less weights and workspace.

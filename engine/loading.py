@@ -27,6 +27,7 @@ from .machine import choose_device, choose_dtype, page_count, release_memory, ro
 from .messages import ModelInfo
 from .models.backbone import Backbone, backbone_from_config
 from .models.decoder import Decoder, allocate_cache
+from .models.source import resolve_model
 from .models.weights import RandomWeights, WeightFiles
 from .parallel.ranks import ALONE, Ranks
 from .parallel.split import check_split, part_of
@@ -77,7 +78,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size} where {ranks.size} load the model")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = Path(config.model)
+    folder = resolve_model(config.model)
     raw, generation = read_config(folder)
     traits = family_from_config(raw, generation, config.block_size, config.mask_id)
     backbone = backbone_from_config(raw)
@@ -92,7 +93,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         has_filter=(folder / FILTER_FILE).exists(),
     )
     check_split(backbone, ranks.size)
-    device = choose_device(config, ranks.rank)
+    device = choose_device(config) if ranks.device is None else ranks.device
     dtype = choose_dtype(config, backbone, device)
     backend, flash = choose_attention(config, part_of(backbone, ranks.size), dtype, device)
     try:
