@@ -64,6 +64,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     default_sampling: dict[str, float]  # of the checkpoint's generation_config.json
     dtype: str
     device: str
+    device_name: str  # of the card; of a CPU, with the threads that forwards run on
     numerics: Literal["fast", "reference"]
     attention: str
     quantization: str
