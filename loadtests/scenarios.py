@@ -54,8 +54,8 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("sweep", "closed", (1, 2, 4, 8, 16), (1, 8, 32, 64, 128)),
-    Scenario("poisson", "open", (0.5, 1, 2), (8, 16, 32)),
+    Scenario("sweep", "closed", (1, 2, 4, 8, 16), (1, 8, 32, 128)),
+    Scenario("poisson", "open", (0.5, 1, 2), (8, 24)),
     Scenario("long prompts", "closed", (4,), (32,), prompt=(500, 700), answer=(8, 8)),
     Scenario("long answers", "closed", (4,), (32,), prompt=(5, 10), answer=(200, 200)),
     Scenario("shared prefix", "closed", (4,), (32,), prompt=(5, 20), prefix=400, answer=(24, 24)),
