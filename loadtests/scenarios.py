@@ -59,6 +59,6 @@ SCENARIOS = (
     Scenario("long prompts", "closed", (4,), (32,), prompt=(500, 700), answer=(8, 8)),
     Scenario("long answers", "closed", (4,), (32,), prompt=(5, 10), answer=(200, 200)),
     Scenario("shared prefix", "closed", (4,), (32,), prompt=(5, 20), prefix=400, answer=(24, 24)),
-    Scenario("strategies", "closed", (4,), (32,), strategies=True),
     Scenario("hang up", "closed", (8,), (64,), hang_up=0.4),
+    Scenario("strategies", "closed", (4,), (32,), strategies=True),
 )
