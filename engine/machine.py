@@ -127,9 +127,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a forward failed because an allocation did: the device is whole, and a smaller forward may fit."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # Libraries' own allocations, and those of the CPU, have no type.
+    # Libraries' own allocations, and those of the CPU, have no type. Not among them: oneDNN's "could not create a
+    # primitive". It keeps the failed one in its cache, so that forwards of the shape never work again.
     return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("ALLOC_FAILED", "can't allocate memory", "not enough memory")
+        words in str(error) for words in ("ALLOC_FAILED", "can't allocate memory", "not enough memory", "bad_alloc")
     )
 
 

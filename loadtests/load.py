@@ -81,10 +81,9 @@ class Run:
 
 
 def _about(info: httpx.Response, options: list[str]) -> dict[str, Any]:
-    """What the numbers were taken on, as far as a server says it: only Linocut knows /server_info."""
+    """What the numbers were taken on, as far as a server says it: others have no such /server_info."""
     about: dict[str, Any] = {"device": "unknown", "versions": {}, "options": options}
-    if info.status_code == 200:
-        found = info.json()
+    if info.status_code == 200 and "versions" in (found := info.json()):
         about |= {"device": found["model"]["device_name"], "versions": found["versions"]}
     return about
 

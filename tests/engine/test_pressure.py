@@ -121,6 +121,8 @@ def test_what_is_no_shortage_of_memory_is_raised() -> None:
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a primitive"), False),
         (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
         (ValueError("can't allocate memory"), False),
     ],
