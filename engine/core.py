@@ -190,7 +190,7 @@ class EngineCore:
             prefill_positions=counters.prefill_positions,
             commit_positions=counters.commit_positions,
             denoise_positions=counters.denoise_positions,
-            padding_positions=graphs.padding if graphs else 0,
+            padding_positions=counters.padding_positions + (graphs.padding if graphs else 0),
             committed_tokens=counters.committed_tokens,
             commits_by_reason=dict(counters.commits),
             edited_tokens=counters.edited_tokens,

@@ -8,24 +8,25 @@ from .histogram import Histogram
 from .plan import REASONS, RowPlan, RowReport
 from .sequence import Sequence
 
-FORWARD_KINDS = ("prefill", "commit", "denoise", "mixed")
+FORWARD_KINDS = ("prefill", "commit", "denoise", "mixed", "idle")
 COMMIT_REASONS = ("clean", "draft", *REASONS)
-ENDINGS = ("stop", "length")
+ENDINGS = ("stop", "length", "abort")
 
 
 @dataclass
 class SchedulerCounters:
-    """forwards: by what their rows did: prefill, commit, denoise, or mixed.
+    """forwards: by what their rows did: prefill, commit, denoise, mixed, or idle: all of them had ended meanwhile.
 
     commits: positions decided, by reason: `clean` by a clean row, as an autoregressive model would; `draft` for drafts
     that a clean row confirmed; else the strategy's (`plan.REASONS`). discarded: decided positions that are no part of
-    the text, by how it ended.
+    the text, by how it ended; abort: before its end. padding_positions: room of rows that they did not need.
     """
 
     preemptions: int = 0
     prefill_positions: int = 0  # clean positions of prompts
     commit_positions: int = 0  # clean positions of generated text
     denoise_positions: int = 0
+    padding_positions: int = 0
     blocks_finished: int = 0
     committed_tokens: int = 0
     edited_tokens: int = 0
@@ -47,18 +48,16 @@ class SchedulerCounters:
         return self.prefill_positions, self.commit_positions, self.denoise_positions
 
     def count_forward(self, rows: int, before: tuple[int, int, int]) -> None:
-        """One forward has run; `before`: the `positions` before its rows were counted."""
+        """One forward of `rows` rows that had something to do; `before`: the `positions` before they were counted."""
         ran = [after - then for after, then in zip(self.positions, before, strict=True)]
-        kinds = [kind for kind, count in zip(FORWARD_KINDS[:3], ran, strict=True) if count]
-        if not kinds:
-            return
+        kinds = [kind for kind, count in zip(FORWARD_KINDS[:3], ran, strict=True) if count] or ["idle"]
         self.forwards[kinds[0] if len(kinds) == 1 else "mixed"] += 1
         self.forward_positions.observe(sum(ran))
         self.forward_rows.observe(rows)
 
-    def count_row(self, sequence: Sequence, row: RowPlan, report: RowReport) -> None:
+    def count_positions(self, sequence: Sequence, row: RowPlan) -> None:
         """A row has run. The sequence is as it was before."""
-        # Called for every row of every step: written for speed.
+        # Called for every row of every step, as is `count_row`: written for speed.
         clean = sequence.clean
         if clean:
             clean = min(row.width, clean)
@@ -66,6 +65,9 @@ class SchedulerCounters:
             self.prefill_positions += prefill
             self.commit_positions += clean - prefill
         self.denoise_positions += row.width - clean + row.segments * row.segment
+
+    def count_row(self, sequence: Sequence, row: RowPlan, report: RowReport) -> None:
+        """What a row has done. The sequence is as it was before."""
         if not row.targets:
             return
         sequence.block_steps += 1

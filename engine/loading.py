@@ -23,7 +23,7 @@ from .decoding.registry import offered, strategy_classes
 from .decoding.strategy import Equipment
 from .errors import ConfigError, ModelError, ParameterError
 from .family import FamilyTraits, family_from_config
-from .machine import choose_device, choose_dtype, page_count, release_memory, row_share
+from .machine import choose_device, choose_dtype, device_name, page_count, release_memory, row_share
 from .messages import ModelInfo
 from .models.backbone import Backbone, backbone_from_config
 from .models.decoder import Decoder, allocate_cache
@@ -188,6 +188,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         default_sampling=default_sampling(generation),
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
+        device_name=device_name(device),
         numerics=config.numerics,
         attention="triton, flash" if flash is not None else backend,
         quantization=config.quantization,

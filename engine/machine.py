@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import Protocol
 
@@ -73,6 +74,24 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def device_name(device: torch.device) -> str:
+    """As people know it: the card, or the processor and how many of its threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """The processor's model, as far as the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
 def row_share(device: torch.device, dtype: torch.dtype, quantization: str) -> float:
     """How much longer a forward takes for one more position, in forwards of one (SmolLM2-135M; AVX-512 CPU, H200)."""
     if device.type == "cuda":
@@ -107,9 +126,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a forward failed because an allocation did: the device is whole, and a smaller forward may fit."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # Libraries' own allocations, and those of the CPU, have no type.
+    # Libraries' own allocations, and those of the CPU, have no type. Not among them: oneDNN's "could not create a
+    # primitive". It keeps the failed one in its cache, so that forwards of the shape never work again.
     return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("ALLOC_FAILED", "can't allocate memory", "not enough memory")
+        words in str(error) for words in ("ALLOC_FAILED", "can't allocate memory", "not enough memory", "bad_alloc")
     )
 
 

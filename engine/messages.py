@@ -64,6 +64,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     default_sampling: dict[str, float]  # of the checkpoint's generation_config.json
     dtype: str
     device: str
+    device_name: str  # of the card; of a CPU, with the threads that forwards run on
     numerics: Literal["fast", "reference"]
     attention: str
     quantization: str
@@ -117,7 +118,7 @@ class ChoiceOutput(msgspec.Struct, frozen=True, kw_only=True):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges and monotonic counters of the engine, published with outputs and at least twice a second.
 
-    Those by a name are documented in `counters.py`. forwards_by_kind: prefill, commit, denoise, mixed.
+    Those by a name are documented in `counters.py`. forwards_by_kind: prefill, commit, denoise, mixed, idle.
     """
 
     running: int = 0
@@ -135,12 +136,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefill_positions: int = 0  # clean positions of prompts
     commit_positions: int = 0  # clean positions of generated text
     denoise_positions: int = 0
-    padding_positions: int = 0  # run for nothing, to fill up a graph's size
+    padding_positions: int = 0  # run for nothing: to fill up a graph's size, or the room that a row turned out to need
     committed_tokens: int = 0
     commits_by_reason: dict[str, int] = {}
     edited_tokens: int = 0
     remasked_tokens: int = 0
-    discarded_by_ending: dict[str, int] = {}  # decided but past a stop or max_tokens
+    discarded_by_ending: dict[str, int] = {}  # decided but past a stop or max_tokens, or given up
     drafted_tokens: int = 0
     accepted_tokens: int = 0  # drafts that were right
     cached_rows: int = 0  # rows that left part of their block or canvas to stale K/V

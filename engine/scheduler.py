@@ -62,6 +62,7 @@ class Scheduler:
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence wherever it is; its pages are free when this returns."""
+        self.counters.discarded["abort"] += sum(sequence.decided[len(sequence.tokens) - sequence.start :])
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
@@ -171,11 +172,20 @@ class Scheduler:
         before = self.counters.positions
         committed = []
         planned = self._under_way.popleft() if self._under_way else []
+        rows = 0
         for (sequence, row), report in zip(planned, reports, strict=True):
-            if sequence.status is not Status.RUNNING:
+            if sequence.finish:
+                self.counters.padding_positions += row.width + row.scratch
                 continue
-            committed.append((sequence, self._apply(sequence, row, report, now)))
-        self.counters.count_forward(len(planned), before)
+            rows += 1
+            ran = what_ran(sequence, row)
+            self.counters.padding_positions += row.width + row.scratch - ran.width - ran.scratch
+            self.counters.count_positions(sequence, ran)
+            # The device does not know who was aborted.
+            if sequence.status is Status.RUNNING:
+                committed.append((sequence, self._apply(sequence, ran, report, now)))
+        if planned:
+            self.counters.count_forward(rows, before)
         return committed
 
     def retreat(self) -> list[Sequence]:
@@ -285,10 +295,9 @@ class Scheduler:
         sequence.pages.extend(pages)
         return PageGrant(self._slot(sequence), first, pages)
 
-    def _apply(self, sequence: Sequence, row: RowPlan, report: RowReport, now: float) -> list[int]:
+    def _apply(self, sequence: Sequence, ran: RowPlan, report: RowReport, now: float) -> list[int]:
         before = len(sequence.tokens)
         sequence.forwards += 1
-        ran = what_ran(sequence, row)
         sequence.positions += ran.width + ran.scratch
         self.counters.count_row(sequence, ran, report)
         new = report.window[before - sequence.start : report.prefix - sequence.start] if report.prefix > before else []

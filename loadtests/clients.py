@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import gevent
@@ -14,28 +13,25 @@ from locust.env import Environment
 from locust.exception import StopUser
 from requests import post
 
+from .samples import Sample
 from .scenarios import Scenario
 
 
-@dataclass
-class Sample:
-    """One request. Times in seconds; first: to the first text; tokens: as usage says. error: why it failed."""
-
-    start: float
-    first: float | None
-    seconds: float
-    tokens: int
-    error: str | None = None
-    hung_up: bool = False
-
-
 def run_level(
-    scenario: Scenario, level: float, url: str, model: str, offered: list[str], seconds: float, key: str | None
+    scenario: Scenario,
+    level: float,
+    url: str,
+    model: str,
+    offered: list[str],
+    seconds: float,
+    key: str | None,
+    warm: bool = False,
 ) -> list[Sample]:
-    """Samples of all requests that began within `seconds`; those that run then are waited for."""
+    """Samples of all requests that began within `seconds`; those that run then are waited for. warm: other prompts."""
     samples: list[Sample] = []
-    deadline = time.monotonic() + seconds
-    rng = random.Random(f"{scenario.name}/{level}")
+    began = time.monotonic()
+    deadline = began + seconds
+    rng = random.Random(f"{scenario.name}/{level}/{warm}")
 
     class Client(User):
         host = url
@@ -56,7 +52,7 @@ def run_level(
         def ask(self) -> None:
             body = scenario.body(rng, model, offered)
             patience = rng.uniform(0.1, 2.0) if rng.random() < scenario.hang_up else None
-            sample = _ask(self, body, patience, key)
+            sample = _ask(self, body, patience, key, began)
             samples.append(sample)
             self.environment.events.request.fire(
                 request_type="completion", name=scenario.name, response_time=sample.seconds * 1000,
@@ -73,9 +69,10 @@ def run_level(
     return samples
 
 
-def _ask(user: User, body: dict[str, Any], patience: float | None, key: str | None) -> Sample:
+def _ask(user: User, body: dict[str, Any], patience: float | None, key: str | None, began: float) -> Sample:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    sample = Sample(time.monotonic(), None, 0.0, 0)
+    now = time.monotonic()
+    sample = Sample(now - began, None, 0.0, 0)
     done = False
     try:
         # Not Locust's client, whose statistics take the headers' arrival for the answer's.
@@ -84,20 +81,20 @@ def _ask(user: User, body: dict[str, Any], patience: float | None, key: str | No
             if response.status_code != 200:
                 sample.error = f"{response.status_code} {response.text[:200]}"
             for line in response.iter_lines(chunk_size=None) if sample.error is None else ():
-                if patience is not None and time.monotonic() - sample.start > patience:
+                if patience is not None and time.monotonic() - now > patience:
                     sample.hung_up = True
                     break
-                done = _read(line, sample) or done
+                done = _read(line, sample, now) or done
     except Exception as error:  # connection errors of several libraries; all of them are a failed request
         sample.error = repr(error)[:200]
-    sample.seconds = time.monotonic() - sample.start
+    sample.seconds = time.monotonic() - now
     if sample.error is None and not done and not sample.hung_up:
         sample.error = "the stream ended early"
     return sample
 
 
-def _read(line: bytes, sample: Sample) -> bool:
-    """Take in one line of the stream; true if it is the last event."""
+def _read(line: bytes, sample: Sample, asked: float) -> bool:
+    """Take in one line of the stream of what was asked then; true if it is the last event."""
     if not line.startswith(b"data: "):
         return False
     if line == b"data: [DONE]":
@@ -107,7 +104,7 @@ def _read(line: bytes, sample: Sample) -> bool:
         sample.error = str(event["error"])[:200]
         return False
     if sample.first is None and any(choice.get("text") for choice in event["choices"]):
-        sample.first = time.monotonic() - sample.start
+        sample.first = time.monotonic() - asked
     if event.get("usage"):
         sample.tokens = event["usage"]["completion_tokens"]
     return False

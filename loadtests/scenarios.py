@@ -17,7 +17,7 @@ WORDS = _TEXT.split()
 @dataclass(frozen=True)
 class Scenario:
     """levels: clients at a time (closed: each sends its next request when it has its answer) or requests a second
-    (open: they arrive by a Poisson process, whatever the server does).
+    (open: they arrive by a Poisson process, whatever the server does). many: the levels for a large accelerator.
 
     prompt, answer: words of a prompt, and tokens of an answer, as (least, most). prefix: words that all prompts begin
     with. strategies: draw one for each request, of those that the server offers. hang_up: the share of clients that
@@ -27,6 +27,7 @@ class Scenario:
     name: str
     arrivals: Literal["closed", "open"]
     levels: tuple[float, ...]
+    many: tuple[float, ...]
     prompt: tuple[int, int] = (20, 60)
     answer: tuple[int, int] = (48, 48)
     prefix: int = 0
@@ -53,11 +54,11 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("sweep", "closed", (1, 2, 4, 8, 16)),
-    Scenario("poisson", "open", (0.5, 1, 2)),
-    Scenario("long prompts", "closed", (4,), prompt=(500, 700), answer=(8, 8)),
-    Scenario("long answers", "closed", (4,), prompt=(5, 10), answer=(200, 200)),
-    Scenario("shared prefix", "closed", (4,), prompt=(5, 20), prefix=400, answer=(24, 24)),
-    Scenario("strategies", "closed", (4,), strategies=True),
-    Scenario("hang up", "closed", (8,), hang_up=0.4),
+    Scenario("sweep", "closed", (1, 2, 4, 8, 16), (1, 8, 32, 128)),
+    Scenario("poisson", "open", (0.5, 1, 2), (8, 24)),
+    Scenario("long prompts", "closed", (4,), (32,), prompt=(500, 700), answer=(8, 8)),
+    Scenario("long answers", "closed", (4,), (32,), prompt=(5, 10), answer=(200, 200)),
+    Scenario("shared prefix", "closed", (4,), (32,), prompt=(5, 20), prefix=400, answer=(24, 24)),
+    Scenario("hang up", "closed", (8,), (64,), hang_up=0.4),
+    Scenario("strategies", "closed", (4,), (32,), strategies=True),
 )

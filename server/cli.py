@@ -72,6 +72,9 @@ def serve(
     ] = 1,
     numerics: Annotated[str, typer.Option(help="fast, or reference: the model authors' own arithmetic")] = "fast",
     eager: Annotated[bool, typer.Option("--eager", help="No CUDA graphs.")] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="For load tests: of the model only config.json and the tokenizer.")
+    ] = False,
     block_size: Annotated[int | None, typer.Option(help="Positions decided together (block-causal models).")] = None,
     mask_id: Annotated[int | None, typer.Option(help="The mask token, where config.json does not name it.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer together, in tokens.")] = None,
@@ -141,6 +144,7 @@ def serve(
         "tensor_parallel_size": tensor_parallel_size,
         "numerics": numerics,
         "eager": eager,
+        "random_weights": random_weights,
         "block_size": block_size,
         "mask_id": mask_id,
         "max_model_len": max_model_len,

@@ -180,11 +180,15 @@ _ENGINE = (
         "out_of_memory",
         "Forwards that did not fit the device's memory and were undone",
     ),
-    _spread("forward_seconds", "forward_seconds", "A forward, from its launch to its results on the host"),
+    _spread(
+        "forward_seconds",
+        "forward_seconds",
+        "A forward: on a GPU the time between its first and its last kernel, else from its launch to its results",
+    ),
     _spread(
         "host_gap_seconds",
         "host_gap_seconds",
-        "From the results of a forward to the launch of the next one, while there is work",
+        "Between two forwards, while there is work: the time in which the device had nothing to do",
     ),
     _spread("forward_rows", "forward_rows", "Choices of a forward"),
     _spread("forward_positions", "forward_positions", "Positions of a forward, padding apart"),
@@ -207,12 +211,14 @@ _DIFFUSION = (
         "kind",
         FORWARD_KINDS,
         "Forwards. prefill, commit: all that ran is clean tokens of prompts, or of generated text, for the KV cache; "
-        "denoise: all of it decides tokens; mixed: more than one of these",
+        "denoise: all of it decides tokens; mixed: more than one of these; idle: launched ahead of the results of the "
+        "one before it, with which all of its choices ended",
     ),
     EngineSpec(
         "positions_evaluated",
         "counter",
-        "Positions run: to fill the KV cache with prompts or generated text, to decide tokens, to fill up a CUDA graph",
+        "Positions run: to fill the KV cache with prompts or generated text, to decide tokens; padding: to fill up a "
+        "CUDA graph, or planned ahead for choices that then needed fewer",
         _ENGINE_LABEL | {"kind": "prefill, commit, denoise, padding"},
         read=_positions,
     ),
@@ -233,7 +239,11 @@ _DIFFUSION = (
     ),
     _plain("counter", "tokens_remasked", "remasked_tokens", "Decided positions that became masks again"),
     _by(
-        "tokens_discarded", "discarded_by_ending", "reason", ENDINGS, "Positions decided behind a stop id or max_tokens"
+        "tokens_discarded",
+        "discarded_by_ending",
+        "reason",
+        ENDINGS,
+        "Positions decided behind a stop id or max_tokens, or in the open block of a choice that was given up",
     ),
     _plain("counter", "draft_tokens", "drafted_tokens", "Drafts that were verified"),
     _plain("counter", "draft_tokens_accepted", "accepted_tokens", "Those of them that were right"),

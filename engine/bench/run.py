@@ -21,6 +21,7 @@ from ..cores import load_core
 from ..decoding.parameters import resolve
 from ..errors import ConfigError
 from ..loading import load_model
+from ..machine import cpu_name
 from ..params import ParameterValue
 from ..warm_up import CLIENTS, warm_up
 from .chat import ChatPrompts, read_chat
@@ -39,7 +40,7 @@ console = Console()
 
 def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -203,16 +204,6 @@ def _print_ratios(ratios: list[Ratio]) -> None:
     for ratio in ratios:
         table.add_row(ratio.engine, str(ratio.concurrency), f"{ratio.speed:.2f}", f"{ratio.forwards:.2f}")
     console.print(table)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 __all__ = ["SHAPES", "Workload", "bench_model", "bench_shape", "write_json"]

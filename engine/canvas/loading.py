@@ -14,7 +14,7 @@ from ..decoding.registry import offered
 from ..errors import ConfigError, ModelError, ParameterError
 from ..family import FamilyTraits
 from ..loading import default_sampling, read_config
-from ..machine import choose_device, choose_dtype
+from ..machine import choose_device, choose_dtype, device_name
 from ..messages import ModelInfo
 from ..models.source import resolve_model
 from ..models.weights import WeightFiles
@@ -76,6 +76,7 @@ def load_canvas(config: EngineConfig) -> LoadedCanvas:
         default_sampling=default_sampling(generation),
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
+        device_name=device_name(device),
         numerics=config.numerics,
         attention="torch",
         quantization=config.quantization,

@@ -33,10 +33,16 @@ def starve(core: EngineCore, part: str, fails: Fails) -> None:
     setattr(core.runner.decoder, part, starved)
 
 
+# Planned ahead, a forward fails while another one is under way.
+AHEAD = pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+
+
+@AHEAD
 @pytest.mark.parametrize("part", ["forward", "logits"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_texts_are_those_of_a_device_with_memory(family: str, part: str) -> None:
+def test_texts_are_those_of_a_device_with_memory(family: str, part: str, ahead: bool) -> None:
     whole, starved = engine(family), engine(family)
+    starved.overlapping = ahead
     starve(starved, part, lambda call, _: call % 9 == 5)
     expected = run(whole, mixed_requests(whole, family), gap=2)
     found = run(starved, mixed_requests(starved, family), gap=2)
@@ -44,8 +50,10 @@ def test_texts_are_those_of_a_device_with_memory(family: str, part: str) -> None
     assert starved.stats().out_of_memory > 3
 
 
-def test_forwards_shrink_until_they_fit() -> None:
+@AHEAD
+def test_forwards_shrink_until_they_fit(ahead: bool) -> None:
     core = engine("sdar", max_running=8)
+    core.overlapping = ahead
     starve(core, "forward", lambda _, positions: positions > 100)
     requests = [request(core, str(i), prompt_of(100, seed=i), 12, ignore_eos=True) for i in range(8)]
     answers = run(core, requests)
@@ -54,19 +62,23 @@ def test_forwards_shrink_until_they_fit() -> None:
     assert core.stats().out_of_memory < 8, "the bound is found once, not again and again"
 
 
-def test_a_row_that_does_not_fit_alone_ends_by_an_error_and_the_others_go_on() -> None:
+@AHEAD
+def test_a_row_that_does_not_fit_alone_ends_by_an_error_and_the_others_go_on(ahead: bool) -> None:
     """Longer contexts than the others', in a world where memory is what a context takes."""
     core = engine("sdar")
+    core.overlapping = ahead
 
     def long_context(*_: int) -> bool:
-        return any(len(sequence.tokens) >= 100 for sequence in core.scheduler.planned())
+        return any(len(sequence.tokens) >= 100 for sequence, _ in core.scheduler._under_way[-1])
 
     starve(core, "forward", long_context)
 
     for name, length in (("a", 20), ("long", 100), ("b", 20)):
-        core.add(request(core, name, prompt_of(length), 8, ignore_eos=True))
+        core.add(request(core, name, prompt_of(length), 40, ignore_eos=True))
     ended = {}
-    while core.busy:
+    for _ in range(500):
+        if not core.busy:
+            break
         ended |= {output.request_id: output for output in core.step() if output.finish_reason}
     assert {name: output.finish_reason for name, output in ended.items()} == {
         "a": "length", "long": "error", "b": "length"
@@ -75,8 +87,10 @@ def test_a_row_that_does_not_fit_alone_ends_by_an_error_and_the_others_go_on() -
     assert_empty(core)
 
 
-def test_a_device_without_any_memory_fails_every_request() -> None:
+@AHEAD
+def test_a_device_without_any_memory_fails_every_request(ahead: bool) -> None:
     core = engine("sdar")
+    core.overlapping = ahead
     starve(core, "forward", lambda *_: True)
     for number in range(5):
         core.add(request(core, str(number), prompt_of(20), 8, n=2))
@@ -107,6 +121,8 @@ def test_what_is_no_shortage_of_memory_is_raised() -> None:
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a primitive"), False),
         (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
         (ValueError("can't allocate memory"), False),
     ],

@@ -49,6 +49,7 @@ def model_info(**changes: Any) -> ModelInfo:
         default_sampling={},
         dtype="float32",
         device="cpu",
+        device_name="made up",
         numerics="fast",
         attention="torch",
         quantization="none",
