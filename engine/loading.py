@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from linocut.kernels.backend import Backend, default_backend
+from linocut.kernels.native import load_native
 
 from .cache.pages import PagePool
 from .cache.prefix import PrefixCache
@@ -29,6 +30,7 @@ from .machine import choose_device, choose_dtype, page_count, release_memory, ro
 from .messages import ModelInfo
 from .models.backbone import Backbone, backbone_from_config
 from .models.decoder import Decoder, allocate_cache
+from .models.embedded import cache_root
 from .models.weights import RandomWeights, WeightFiles
 from .parallel.ranks import ALONE, Ranks
 from .parallel.split import check_split
@@ -96,7 +98,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
     check_split(backbone, ranks.size)
     device = choose_device(config, ranks.rank)
     dtype = choose_dtype(config, backbone, device)
-    backend = _backend(config, backbone, device)
+    backend = _backend(config, backbone, device, dtype)
     try:
         offer = offered(traits)
         defaults = resolve(offer, {"strategy": config.strategy, **config.strategy_parameters})
@@ -225,7 +227,14 @@ def _known_ids(what: str, ids: tuple[int, ...], vocab: int) -> tuple[int, ...]:
     return tuple(i for i in ids if 0 <= i < vocab)
 
 
-def _backend(config: EngineConfig, backbone: Backbone, device: torch.device) -> Backend:
+def _backend(config: EngineConfig, backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backend:
+    if config.attention in ("auto", "native") and device.type == "cpu" and dtype == torch.float32:
+        if load_native(cache_root() / "native"):
+            return "native"
+        if config.attention == "native":
+            raise ConfigError("attention native needs Linux, a CPU with AVX-512 and a C compiler (cc, or CC names it)")
+    if config.attention == "native":
+        raise ConfigError("attention native is for float32 on a CPU")
     if config.attention == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("attention triton needs a GPU")
     backend: Backend = default_backend(device) if config.attention == "auto" else config.attention

@@ -55,7 +55,7 @@ def serve(
         int, typer.Option(help="Engines behind this server, each on a GPU of its own, from the device on.")
     ] = 1,
     quantization: Annotated[str, typer.Option(help="none or int8")] = "none",
-    attention: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
+    attention: Annotated[str, typer.Option(help="auto, torch, triton or native (kernels in C for CPUs)")] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of this host that hold the model together.")] = 1,
     numerics: Annotated[str, typer.Option(help="fast, or reference: the model authors' own arithmetic")] = "fast",
     eager: Annotated[bool, typer.Option("--eager", help="No CUDA graphs.")] = False,

@@ -119,15 +119,17 @@ class Decoder:
         tied = b.tied_head or "lm_head.weight" not in parts
         head = self.embedding if tied else parts.get("lm_head.weight", (b.vocab, b.hidden))
         # The head stays exact also under int8: its argmax is the product.
-        self.head = pack_linear(head, None, "none")
-        self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share) if draft_head else None
+        self.head = pack_linear(head, None, "none", backend)
+        self.draft_head = None
+        if draft_head:
+            self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share, backend)
         self.mask_id = mask_id
         self.mask_embedding = parts.get(MASK_EMBEDDING, (b.hidden,)) if adapter_rank else None
 
         def linear(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
             weight = torch.cat([parts.get(f"{name}.weight", (rows, inputs)) for name, rows in names])
             biases = [parts.get(f"{name}.bias", (rows,)) for name, rows in names] if bias else None
-            return pack_linear(weight, torch.cat(biases) if biases else None, quantization)
+            return pack_linear(weight, torch.cat(biases) if biases else None, quantization, backend)
 
         def projection(at: str, names: list[tuple[str, int]], inputs: int, bias: bool) -> Projection:
             base, outputs = linear(names, inputs, bias), sum(rows for _, rows in names)
@@ -220,7 +222,7 @@ class Decoder:
         Packed as any other product is, so that on a CPU a row's result is the same beside other rows.
         """
         mixing = self.embedding.T
-        return pack_linear(mixing.contiguous() if mixing.device.type == "cpu" else mixing, None, "none")
+        return pack_linear(mixing.contiguous() if mixing.device.type == "cpu" else mixing, None, "none", self.backend)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [rows, hidden] -> [rows, hidden]."""

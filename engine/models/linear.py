@@ -25,6 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from linocut.kernels.backend import Backend
+from linocut.kernels.linear_native import NativeWeight
+
 from ..errors import ConfigError
 
 Linear = Callable[[Tensor], Tensor]
@@ -35,7 +38,9 @@ _SLICE = 120
 _LEAST = 4
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"]) -> Linear:
+def pack_linear(
+    weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"], backend: Backend = "torch"
+) -> Linear:
     """The fastest form of `x @ weight.T + bias` for the device and dtype: [rows, in] -> [rows, out], same dtype.
 
     weight: [out, in], bias: [out] or None; neither is kept where a packed copy takes its place. Mode "none" is exact to
@@ -47,8 +52,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8
         if not (on_cpu and _has_fbgemm()):
             raise ConfigError("quantization int8 needs an x86 CPU with AVX2: use quantization none")
         return Int8Linear(weight, bias)
-    if on_cpu and weight.dtype == torch.float32 and _has_fbgemm() and fits_float16(weight):
-        return HalfLinear(weight, bias)
+    if on_cpu and weight.dtype == torch.float32 and (backend == "native" or _has_fbgemm()) and fits_float16(weight):
+        return NativeLinear(weight, bias) if backend == "native" else HalfLinear(weight, bias)
     if on_cpu and _has_onednn(weight.dtype):
         return OneDnnLinear(weight, bias)
     return DenseLinear(weight, bias)
@@ -94,6 +99,16 @@ class HalfLinear:
             return y
         y = torch.ops.quantized.linear_dynamic_fp16(pad(x, (0, 0, 0, more)), self._packed)
         return y[:rows]
+
+
+class NativeLinear:
+    """float32 arithmetic on weights in as few bits as hold them (`kernels/linear_native.py`)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self._bias = NativeWeight(weight), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.weight.multiply(x, self._bias)
 
 
 class OneDnnLinear:
