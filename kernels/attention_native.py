@@ -1,4 +1,4 @@
-"""`attention.py` in C: float32 on the CPU, head sizes that are multiples of 16."""
+"""`attention.py` in C: float32 on the CPU, head sizes that are multiples of 16, pages of a power of two."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def attention_is_native(q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: Att
         layout.plans["native"]
         and takes(q, k_cache, v_cache)
         and q.shape[2] % 16 == 0
+        and k_cache.shape[1] & (k_cache.shape[1] - 1) == 0
         and q.is_contiguous()
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()

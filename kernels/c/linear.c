@@ -94,7 +94,7 @@ void native_linear(const float *x, long x_stride, long rows, const uint8_t *weig
 #pragma omp parallel if (out * in * (rows + 3) >= PARALLEL)
     {
         float tile[TILE * stride] __attribute__((aligned(64)));
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
         for (long t = 0; t < tiles; t++) {
             long first = t * TILE;
             int count = (int)(out - first < TILE ? out - first : TILE);
