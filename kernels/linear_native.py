@@ -39,19 +39,22 @@ class NativeWeight:
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias: [rows, in] -> [rows, out]."""
-        y = x.new_empty((x.shape[0], self.outputs))
-        self._into(x, bias, y, 0)
-        return y
-
-    def add_product(self, x: Tensor, y: Tensor) -> None:
-        """y += x @ weight.T in place: [rows, in], [rows, out]; rows of any stride."""
-        self._into(x, None, y, 1)
-
-    def _into(self, x: Tensor, bias: Tensor | None, y: Tensor, add: int) -> None:
         if not takes(x):
             x = x.float().contiguous()
-        shift = None if bias is None else bias.data_ptr()
+        y = x.new_empty((x.shape[0], self.outputs))
         self._multiply(
             *(x.data_ptr(), x.stride(0), x.shape[0], self._at, self._code, self.inputs, self.outputs),
-            *(shift, y.data_ptr(), y.stride(0), add),
+            *(None if bias is None else bias.data_ptr(), y.data_ptr(), self.outputs, 0),
         )
+        return y
+
+    def add_low_rank(self, down: NativeWeight, x: Tensor, y: Tensor, rows: slice) -> None:
+        """y += (x @ down.T) @ weight.T in place, on `rows`: [tokens, in], [tokens, out], rows of any stride."""
+        if not takes(x):
+            x = x.float().contiguous()
+        first, count = rows.start, rows.stop - rows.start
+        if library().native_low_rank(
+            *(x.data_ptr() + 4 * first * x.stride(0), x.stride(0), count, down._at, down._code, self._at, self._code),
+            *(down.inputs, self.inputs, self.outputs, y.data_ptr() + 4 * first * y.stride(0), y.stride(0)),
+        ):
+            raise MemoryError("a low-rank product found no memory")

@@ -26,6 +26,7 @@ _FLAGS = (
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES = {
     "native_linear": (None, (_P, _L, _L, _P, _I, _L, _L, _P, _P, _L, _I)),
+    "native_low_rank": (_I, (_P, _L, _L, _P, _I, _P, _I, _L, _L, _L, _P, _L)),
     "native_packed_bytes": (_L, (_I, _L, _L)),
     "native_pack": (_I, (_I, _P, _L, _L, _P)),
     "native_rms_norm": (None, (_P, _P, _L, _L, _P, _F, _P, _P)),

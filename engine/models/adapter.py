@@ -81,11 +81,10 @@ class Adapter:
         if gate.rows is None:
             return y + self._up(self._down(x) * gate.factor)
         if isinstance(gate.rows, slice):
-            into, way = y[gate.rows], self._down(x[gate.rows])
-            if isinstance(self._up, NativeLinear):
-                self._up.weight.add_product(way, into)
+            if isinstance(self._up, NativeLinear) and isinstance(self._down, NativeLinear):
+                self._up.weight.add_low_rank(self._down.weight, x, y, gate.rows)
             else:
-                into.add_(self._up(way))
+                y[gate.rows].add_(self._up(self._down(x[gate.rows])))
             return y
         return y.index_add_(0, gate.rows, self._up(self._down(x[gate.rows])))
 

@@ -3,7 +3,6 @@
    Nothing is computed of slots that a query does not see, and a query's result depends on no other, bit for bit. */
 
 #include "native.h"
-#include <stdlib.h>
 
 /* Query heads, of those that share keys, that run together; slots whose scores are found together; vectors of a head
    that are mixed together; queries of a block; slots of a tile. */

@@ -14,6 +14,8 @@ enum { TILE = 4, MOST_ROWS = 6, GROUP = 32 };
    GRID8: groups of 32 inputs: 32 int8, then the scale in float32. */
 enum { HALF, GRID4, GRID8 };
 enum { GRID4_BYTES = 24, GRID8_BYTES = 36 };
+/* Bytes that are fetched before they are needed. */
+enum { AHEAD = 1536 };
 
 static long row_bytes(int format, long in) {
     return format == HALF ? 2 * in : in / GROUP * (format == GRID4 ? GRID4_BYTES : GRID8_BYTES);
@@ -85,10 +87,71 @@ MULTIPLY(1) MULTIPLY(2) MULTIPLY(3) MULTIPLY(4) MULTIPLY(5) MULTIPLY(6)
 typedef void Multiply(const float *, long, long, const float *, long, const float *, float *, long, int, int);
 static Multiply *const multiply[] = {0, multiply_1, multiply_2, multiply_3, multiply_4, multiply_5, multiply_6};
 
+/* Up to twelve rows, which are what decoding has: a pair of outputs goes from its codes to the sums without a stop in
+   the cache, in the same order as above. */
+enum { PAIR = 2, FEW_ROWS = 12 };
+
+#define MULTIPLY_GRID4(ROWS)                                                                                           \
+    static void grid4_##ROWS(const float *x, long x_stride, long in, const uint8_t *one, const uint8_t *two,           \
+                             float *y, long y_stride, __m128 shift, __mmask8 kept, int add) {                          \
+        const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);                     \
+        __m512 sum[ROWS][PAIR];                                                                                        \
+        UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();                             \
+        for (long i = 0; i < in; i += GROUP, one += GRID4_BYTES, two += GRID4_BYTES) {                                 \
+            _mm_prefetch((const char *)one + AHEAD, _MM_HINT_T0);                                                      \
+            _mm_prefetch((const char *)two + AHEAD, _MM_HINT_T0);                                                      \
+            UNROLL for (int o = 0; o < PAIR; o++) {                                                                    \
+                const uint8_t *from = o ? two : one;                                                                   \
+                __m512 scale = _mm512_set1_ps(read_float(from + 16)), offset = _mm512_set1_ps(read_float(from + 20));  \
+                __m512 levels = rounded(_mm512_add_ps(_mm512_mul_ps(steps, scale), offset));                           \
+                __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));                          \
+                __m512 low = _mm512_permutexvar_ps(codes, levels);                                                     \
+                __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), levels);                              \
+                UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
+                    sum[r][o] = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * x_stride + i), low, sum[r][o]);                \
+                UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
+                    sum[r][o] = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * x_stride + i + 16), high, sum[r][o]);          \
+            }                                                                                                          \
+        }                                                                                                              \
+        UNROLL for (int r = 0; r < ROWS; r += 2) {                                                                     \
+            int next = r + 1 < ROWS ? r + 1 : r;                                                                       \
+            __m128 both = sums_of(sum[r][0], sum[r][1], sum[next][0], sum[next][1]);                                   \
+            for (int n = 0; n < 2 && r + n < ROWS; n++, both = _mm_movehl_ps(both, both)) {                            \
+                float *at = y + (r + n) * y_stride;                                                                    \
+                __m128 found = _mm_add_ps(both, shift);                                                                \
+                if (add) found = _mm_add_ps(found, _mm_maskz_loadu_ps(kept, at));                                      \
+                _mm_mask_storeu_ps(at, kept, found);                                                                   \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+MULTIPLY_GRID4(1) MULTIPLY_GRID4(2) MULTIPLY_GRID4(3) MULTIPLY_GRID4(4) MULTIPLY_GRID4(5) MULTIPLY_GRID4(6)
+MULTIPLY_GRID4(7) MULTIPLY_GRID4(8) MULTIPLY_GRID4(9) MULTIPLY_GRID4(10) MULTIPLY_GRID4(11) MULTIPLY_GRID4(12)
+
+typedef void MultiplyGrid4(const float *, long, long, const uint8_t *, const uint8_t *, float *, long, __m128, __mmask8, int);
+static MultiplyGrid4 *const multiply_grid4[] = {0,       grid4_1, grid4_2, grid4_3, grid4_4,  grid4_5,  grid4_6,
+                                                grid4_7, grid4_8, grid4_9, grid4_10, grid4_11, grid4_12};
+
+static void few_rows(const float *x, long x_stride, long rows, const uint8_t *weight, long in, long out,
+                     const float *bias, float *y, long y_stride, int add) {
+    long bytes = row_bytes(GRID4, in), pairs = (out + PAIR - 1) / PAIR;
+#pragma omp parallel for schedule(dynamic, 16) if (out * in * (rows + 3) >= PARALLEL)
+    for (long p = 0; p < pairs; p++) {
+        long first = p * PAIR;
+        __mmask8 kept = out - first < PAIR ? 1 : 3;
+        const uint8_t *one = weight + first * bytes;
+        __m128 shift = bias ? _mm_maskz_loadu_ps(kept, bias + first) : _mm_setzero_ps();
+        multiply_grid4[rows](x, x_stride, in, one, kept == 3 ? one + bytes : one, y + first, y_stride, shift, kept, add);
+    }
+}
+
 /* x: [rows, in], rows x_stride apart; weight: [out] rows of `format`; bias: [out] or null; y: [rows, out], rows y_stride
    apart, which is added to if `add`. */
 void native_linear(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
                    const float *bias, float *y, long y_stride, int add) {
+    if (format == GRID4 && rows && rows <= FEW_ROWS) {
+        few_rows(x, x_stride, rows, weight, in, out, bias, y, y_stride, add);
+        return;
+    }
     long stride = (in + 15) / 16 * 16, bytes = row_bytes(format, in);
     long tiles = (out + TILE - 1) / TILE, blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
 #pragma omp parallel if (out * in * (rows + 3) >= PARALLEL)
@@ -112,6 +175,17 @@ void native_linear(const float *x, long x_stride, long rows, const uint8_t *weig
             }
         }
     }
+}
+
+/* y += (x * down^T) * up^T, in float32. down: [rank, in], up: [out, rank], formats as above. Returns 1 without memory. */
+int native_low_rank(const float *x, long x_stride, long rows, const uint8_t *down, int down_format, const uint8_t *up,
+                    int up_format, long in, long rank, long out, float *y, long y_stride) {
+    float *between = malloc((size_t)(rows * rank + 1) * sizeof *between);
+    if (!between) return 1;
+    native_linear(x, x_stride, rows, down, down_format, in, rank, 0, between, rank, 0);
+    native_linear(between, rank, rows, up, up_format, rank, out, 0, y, y_stride, 1);
+    free(between);
+    return 0;
 }
 
 /* Bytes that `native_pack` writes. */

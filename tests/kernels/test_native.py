@@ -112,12 +112,16 @@ def test_a_row_depends_on_no_other(levels, threads):
         torch.set_num_threads(before)
 
 
-def test_products_are_added_to_rows_in_the_middle_of_a_tensor():
-    weight, x, y = half_weight(96, 64), torch.randn(7, 64), torch.randn(9, 120)
+def test_low_rank_products_are_added_to_some_rows_of_part_of_a_tensor():
+    down, up, x, y = (
+        NativeWeight(half_weight(8, 64)),
+        NativeWeight(half_weight(96, 8)),
+        torch.randn(9, 64),
+        torch.randn(9, 120),
+    )
     expected = y.clone()
-    packed = NativeWeight(weight)
-    expected[2:5, 10:106] += packed.multiply(x[1:4])
-    packed.add_product(x[1:4], y[2:5, 10:106])
+    expected[2:5, 10:106] += up.multiply(down.multiply(x[2:5]))
+    up.add_low_rank(down, x, y[:, 10:106], slice(2, 5))
     assert torch.equal(y, expected)
 
 
