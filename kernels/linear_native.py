@@ -10,6 +10,8 @@ from .native import library, takes
 # Of linear.c, fewest bits first. A grid is a checkpoint that was quantised before it was rounded to float16: groups of
 # 32 inputs with 16 levels (GGUF's Q4_0 and Q4_1), or with 255 around zero (Q8_0).
 _FORMATS = {"grid4": 1, "grid8": 2, "half": 0}
+# Four rows of weights, expanded to float32, are on a thread's stack.
+MOST_INPUTS = 16384
 # A grid is looked for in as many outputs first.
 _SAMPLE = 8
 

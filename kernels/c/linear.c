@@ -1,4 +1,4 @@
-/* y = x * W^T for few rows of x, on weights kept in the few bits that they came with.
+/* y = x * W^T for few rows of x, on weights kept in the few bits that they came with (linear_native.py).
 
    A tile of four outputs is expanded to float32 in the first-level cache and multiplied with all rows while the next
    tile's bytes are on their way. Lanes run along the inputs, and every row is added up in the same order whatever else
