@@ -10,8 +10,8 @@ Measured (Zen 3, AVX2, two threads; SmolLM2-135M's 30 layers, all weights distin
 | 64 | 1.1 | 1.4 | 2.0 |
 | 256 | 1.0 | 1.1 | 1.6 |
 
-Few rows are bound by reading the weights, so halving these counts for more than arithmetic. The same layers in ms of CPU
-time on a Xeon with AVX-512 and AMX, one thread (`kernels/linear_native.py` keeps four bits and a scale, and loses nothing):
+Few rows are bound by reading the weights, so halving these counts for more than arithmetic. The same layers in ms of
+CPU time on a Xeon with AVX-512 and AMX, one thread ("native": `kernels/linear_native.py`, four bits that lose nothing):
 
 | rows | F.linear | oneDNN | float16 weights | int8 | bfloat16 (AMX) | native |
 |---|---|---|---|---|---|---|
@@ -20,8 +20,8 @@ time on a Xeon with AVX-512 and AMX, one thread (`kernels/linear_native.py` keep
 | 64 | 118 | 111 | 112 | 46 | 30 | 117 |
 
 Rejected: weights stored transposed (0.6 to 1.9), MKL's packed format (0.6 to 1.9), weight-only int8
-(`_weight_int8pack_mm`, 0.4 at best), torch's weight-only int4 (`_weight_int4pack_mm_for_cpu`: 166 ms a row in float32,
-6 to 11 in bfloat16, which rounds scales), oneDNN's int8 with AMX (16 ms for one row, 18 for eight, with its quantising).
+(`_weight_int8pack_mm`, 0.4 at best), weight-only int4 (`_weight_int4pack_mm_for_cpu`: 166 ms a row in float32, 6 in
+bfloat16, which rounds scales), oneDNN's int8 with AMX (16 ms for one row, 18 for eight, with the quantising).
 """
 
 from __future__ import annotations
