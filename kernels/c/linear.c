@@ -25,33 +25,43 @@ static inline __m512 rounded(__m512 values) {
     return _mm512_cvtph_ps(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+/* A group's 32 values. */
+static inline void decode_GRID4(const uint8_t *from, __m512 *low, __m512 *high) {
+    const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 scale = _mm512_set1_ps(read_float(from + 16)), offset = _mm512_set1_ps(read_float(from + 20));
+    __m512 levels = rounded(_mm512_add_ps(_mm512_mul_ps(steps, scale), offset));
+    __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+    /* A permutation reads the low four bits of an index. */
+    *low = _mm512_permutexvar_ps(codes, levels);
+    *high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), levels);
+}
+
+static inline void decode_GRID8(const uint8_t *from, __m512 *low, __m512 *high) {
+    __m512 scale = _mm512_set1_ps(read_float(from + GROUP));
+    __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+    __m512i second = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + 16)));
+    *low = rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(first), scale));
+    *high = rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(second), scale));
+}
+
 /* One output's weights as float32, zeros up to a multiple of 16. ahead: bytes to the tile that is fetched meanwhile. */
 static void expand(int format, const uint8_t *from, long in, long ahead, float *to) {
-    if (format == GRID4) {
-        const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (long i = 0; i < in; i += GROUP, from += GRID4_BYTES) {
-            _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
-            __m512 scale = _mm512_set1_ps(read_float(from + 16)), offset = _mm512_set1_ps(read_float(from + 20));
-            __m512 levels = rounded(_mm512_add_ps(_mm512_mul_ps(steps, scale), offset));
-            __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
-            /* A permutation reads the low four bits of an index. */
-            _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(codes, levels));
-            _mm512_storeu_ps(to + i + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), levels));
-        }
-    } else if (format == GRID8) {
-        for (long i = 0; i < in; i += GROUP, from += GRID8_BYTES) {
-            _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
-            __m512 scale = _mm512_set1_ps(read_float(from + GROUP));
-            for (int half = 0; half < GROUP; half += 16) {
-                __m512i codes = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + half)));
-                _mm512_storeu_ps(to + i + half, rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(codes), scale)));
-            }
-        }
-    } else {
+    if (format == HALF) {
         for (long i = 0; i < in; i += 16, from += 32) {
             _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
             _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_before(in - i), from)));
         }
+        return;
+    }
+    for (long i = 0; i < in; i += GROUP, from += format == GRID4 ? GRID4_BYTES : GRID8_BYTES) {
+        __m512 low, high;
+        _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
+        if (format == GRID4)
+            decode_GRID4(from, &low, &high);
+        else
+            decode_GRID8(from, &low, &high);
+        _mm512_storeu_ps(to + i, low);
+        _mm512_storeu_ps(to + i + 16, high);
     }
 }
 
@@ -87,26 +97,20 @@ MULTIPLY(1) MULTIPLY(2) MULTIPLY(3) MULTIPLY(4) MULTIPLY(5) MULTIPLY(6)
 typedef void Multiply(const float *, long, long, const float *, long, const float *, float *, long, int, int);
 static Multiply *const multiply[] = {0, multiply_1, multiply_2, multiply_3, multiply_4, multiply_5, multiply_6};
 
-/* Up to twelve rows, which are what decoding has: a pair of outputs goes from its codes to the sums without a stop in
-   the cache, in the same order as above. */
+/* Up to twelve rows, which are what decoding has: a pair of a grid's outputs goes from its codes to the sums without a
+   stop in the cache, in the same order as a tile. */
 enum { PAIR = 2, FEW_ROWS = 12 };
 
-#define MULTIPLY_GRID4(ROWS)                                                                                           \
-    static void grid4_##ROWS(const float *x, long x_stride, long in, const uint8_t *one, const uint8_t *two,           \
-                             float *y, long y_stride, __m128 shift, __mmask8 kept, int add) {                          \
-        const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);                     \
-        __m512 sum[ROWS][PAIR];                                                                                        \
+#define FEW(FORMAT, ROWS)                                                                                              \
+    static void few_##FORMAT##_##ROWS(const float *x, long x_stride, long in, const uint8_t *one, const uint8_t *two,  \
+                                      float *y, long y_stride, __m128 shift, __mmask8 kept, int add) {                 \
+        __m512 sum[ROWS][PAIR], low, high;                                                                             \
         UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();                             \
-        for (long i = 0; i < in; i += GROUP, one += GRID4_BYTES, two += GRID4_BYTES) {                                 \
+        for (long i = 0; i < in; i += GROUP, one += FORMAT##_BYTES, two += FORMAT##_BYTES) {                           \
             _mm_prefetch((const char *)one + AHEAD, _MM_HINT_T0);                                                      \
             _mm_prefetch((const char *)two + AHEAD, _MM_HINT_T0);                                                      \
             UNROLL for (int o = 0; o < PAIR; o++) {                                                                    \
-                const uint8_t *from = o ? two : one;                                                                   \
-                __m512 scale = _mm512_set1_ps(read_float(from + 16)), offset = _mm512_set1_ps(read_float(from + 20));  \
-                __m512 levels = rounded(_mm512_add_ps(_mm512_mul_ps(steps, scale), offset));                           \
-                __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));                          \
-                __m512 low = _mm512_permutexvar_ps(codes, levels);                                                     \
-                __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), levels);                              \
+                decode_##FORMAT(o ? two : one, &low, &high);                                                           \
                 UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
                     sum[r][o] = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * x_stride + i), low, sum[r][o]);                \
                 UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
@@ -124,23 +128,28 @@ enum { PAIR = 2, FEW_ROWS = 12 };
             }                                                                                                          \
         }                                                                                                              \
     }
-MULTIPLY_GRID4(1) MULTIPLY_GRID4(2) MULTIPLY_GRID4(3) MULTIPLY_GRID4(4) MULTIPLY_GRID4(5) MULTIPLY_GRID4(6)
-MULTIPLY_GRID4(7) MULTIPLY_GRID4(8) MULTIPLY_GRID4(9) MULTIPLY_GRID4(10) MULTIPLY_GRID4(11) MULTIPLY_GRID4(12)
+#define FEW_OF(FORMAT)                                                                                                 \
+    FEW(FORMAT, 1) FEW(FORMAT, 2) FEW(FORMAT, 3) FEW(FORMAT, 4) FEW(FORMAT, 5) FEW(FORMAT, 6)                          \
+    FEW(FORMAT, 7) FEW(FORMAT, 8) FEW(FORMAT, 9) FEW(FORMAT, 10) FEW(FORMAT, 11) FEW(FORMAT, 12)
+FEW_OF(GRID4)
+FEW_OF(GRID8)
 
-typedef void MultiplyGrid4(const float *, long, long, const uint8_t *, const uint8_t *, float *, long, __m128, __mmask8, int);
-static MultiplyGrid4 *const multiply_grid4[] = {0,       grid4_1, grid4_2, grid4_3, grid4_4,  grid4_5,  grid4_6,
-                                                grid4_7, grid4_8, grid4_9, grid4_10, grid4_11, grid4_12};
+typedef void Few(const float *, long, long, const uint8_t *, const uint8_t *, float *, long, __m128, __mmask8, int);
+#define FEW_NAMES(F)                                                                                                   \
+    {0, few_##F##_1, few_##F##_2, few_##F##_3, few_##F##_4, few_##F##_5, few_##F##_6,                                  \
+     few_##F##_7, few_##F##_8, few_##F##_9, few_##F##_10, few_##F##_11, few_##F##_12}
+static Few *const few[][FEW_ROWS + 1] = {[GRID4] = FEW_NAMES(GRID4), [GRID8] = FEW_NAMES(GRID8)};
 
-static void few_rows(const float *x, long x_stride, long rows, const uint8_t *weight, long in, long out,
+static void few_rows(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
                      const float *bias, float *y, long y_stride, int add) {
-    long bytes = row_bytes(GRID4, in), pairs = (out + PAIR - 1) / PAIR;
+    long bytes = row_bytes(format, in), pairs = (out + PAIR - 1) / PAIR;
 #pragma omp parallel for schedule(dynamic, 16) if (out * in * (rows + 3) >= PARALLEL)
     for (long p = 0; p < pairs; p++) {
         long first = p * PAIR;
         __mmask8 kept = out - first < PAIR ? 1 : 3;
-        const uint8_t *one = weight + first * bytes;
+        const uint8_t *one = weight + first * bytes, *two = kept == 3 ? one + bytes : one;
         __m128 shift = bias ? _mm_maskz_loadu_ps(kept, bias + first) : _mm_setzero_ps();
-        multiply_grid4[rows](x, x_stride, in, one, kept == 3 ? one + bytes : one, y + first, y_stride, shift, kept, add);
+        few[format][rows](x, x_stride, in, one, two, y + first, y_stride, shift, kept, add);
     }
 }
 
@@ -148,8 +157,8 @@ static void few_rows(const float *x, long x_stride, long rows, const uint8_t *we
    apart, which is added to if `add`. */
 void native_linear(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
                    const float *bias, float *y, long y_stride, int add) {
-    if (format == GRID4 && rows && rows <= FEW_ROWS) {
-        few_rows(x, x_stride, rows, weight, in, out, bias, y, y_stride, add);
+    if (format != HALF && rows && rows <= FEW_ROWS) {
+        few_rows(x, x_stride, rows, weight, format, in, out, bias, y, y_stride, add);
         return;
     }
     long stride = (in + 15) / 16 * 16, bytes = row_bytes(format, in);
