@@ -72,7 +72,8 @@ def _check(name: str, error: float, dtype: torch.dtype) -> None:
 
 def _backend(config: EngineConfig, part: Backbone, dtype: torch.dtype, device: torch.device) -> Backend:
     wanted = config.attention
-    if wanted in ("auto", "native") and device.type == "cpu" and dtype == torch.float32:
+    plain = default_backend(device) == "torch"
+    if wanted in ("auto", "native") and plain and device.type == "cpu" and dtype == torch.float32:
         if load_native(cache_root() / "native"):
             return "native"
         if wanted == "native":
