@@ -71,12 +71,14 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def _openmp() -> str | None:
-    """The OpenMP library that torch has loaded, as far as it speaks GCC's language."""
+    """The OpenMP library that torch has loaded, as far as it speaks GCC's language; its own before another one."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    return next((line.split()[-1] for line in lines if "/libgomp" in line), None)
+    found = {line.split()[-1] for line in lines if "/libgomp" in line}
+    own = str(Path(torch.__file__).parent)
+    return max(found, key=lambda path: path.startswith(own), default=None)
 
 
 def _compiled(cache: Path) -> Path:
