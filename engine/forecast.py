@@ -121,10 +121,14 @@ def _behind_frontier(sequence: Sequence, row: RowPlan, cost: float) -> Coming | 
     geometry, start = sequence.geometry, sequence.start
     if start + 1 >= sequence.limit:
         return None  # one token more, and it has ended
-    few = _FEW if cost <= 0 else min(_FEW, 1 + int(_ROOM / cost))
-    width = min(geometry.window, max(sequence.targets, few))
+    few = min(geometry.window, _FEW)
+    if few * cost > 1:
+        few = 1 + int(_ROOM / cost)
+    # Drafts often come every other step, from masks of the one between.
+    targets, segments = max(sequence.targets, sequence.before[0]), max(sequence.segments, sequence.before[1])
+    width = min(geometry.window, max(targets, few))
     start += min(sequence.targets, row.targets)
-    return Coming(sequence.start, width, 0, width, sequence.segments, start + width, geometry.segment)
+    return Coming(sequence.start, width, 0, width, segments, start + width, geometry.segment)
 
 
 def _behind_window(sequence: Sequence, cost: float) -> Coming:

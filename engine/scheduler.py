@@ -322,6 +322,7 @@ class Scheduler:
         sequence.step = report.next_step
         sequence.run_start = report.next_run_start
         sequence.width = report.next_width
+        sequence.before = sequence.targets, sequence.segments
         sequence.targets = report.next_targets
         sequence.segments = report.next_segments
         if sequence.geometry.window > sequence.geometry.block:

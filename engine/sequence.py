@@ -24,7 +24,8 @@ class Sequence:
     start: first position of the active block. final_len: slots below it hold final K/V.
     window, decided: ids and flags of the active block's positions from `start` on (empty: nothing is decided there).
     width: positions that the next whole step runs, from final_len on or from `run_start`. targets: positions whose
-        statistics that step needs. segments: draft segments that it may run behind them.
+        statistics that step needs. segments: draft segments that it may run behind them. before: both numbers of the
+        step before.
     """
 
     request: AddRequest
@@ -43,6 +44,7 @@ class Sequence:
     width: int = 0
     targets: int = 0
     segments: int = 0
+    before: tuple[int, int] = (0, 0)
     # (several blocks in a window) Positions from `start` on that the next step runs, as last reported; 0: not yet.
     ahead: int = 0
 
