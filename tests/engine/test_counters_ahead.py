@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from converted import converted_folder
 from request_mix import STRATEGIES, mixed_requests
 from tiny_engines import FAMILIES, assert_empty, engine, prompt_of, request, run
 
@@ -76,6 +78,20 @@ def test_counters_agree_with_the_device(family: str, ahead: bool) -> None:
     stats = core.stats()
     assert stats.committed_tokens == sum(len(answer.tokens) for answer in answers.values())
     assert sum(answer.positions for answer in answers.values()) == device.ran
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("row_cost", [0.0, 0.2, None])
+def test_counters_agree_about_drafts(ahead: bool, row_cost: float | None, tmp_path: Path) -> None:
+    """Verified drafting runs fewer rows than there is room for where they do not pay."""
+    core = engine("causal", model=str(converted_folder(tmp_path)))
+    core.overlapping = ahead
+    device = Device(core)
+    asked = {"strategy": "verify", "draft_length": 7, **({} if row_cost is None else {"row_cost": row_cost})}
+    run(core, [request(core, str(n), prompt_of(5 + 9 * n, seed=n), 24 + n, asked) for n in range(8)], gap=2)
+    agree(core, device)
+    stats = core.stats()
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens or row_cost != 0.0
 
 
 @pytest.mark.parametrize("ahead", [False, True])
