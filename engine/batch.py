@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from linocut.kernels.attention import AttentionLayout
+from linocut.kernels.attention import AttentionLayout, Pattern
 
 from .decoding.registry import strategy_classes
 from .decoding.view import Span
@@ -140,6 +140,9 @@ def build_batch(
 
     span: capped spans. start: [rows] first window positions. lengths: positions of each row, where the host knows them.
     """
+    if traits.routes_blocks:
+        # So blocks of the flat rows are blocks of sequences, or padding.
+        assert lengths is None or not any(n % traits.block_size for n in lengths), "a row runs part of a block"
     slots, row_of, offset = inputs.slots, inputs.row_of, inputs.offset
     places = span.run_start[row_of] + offset
     inside = places < span.run_end[row_of]
@@ -190,9 +193,20 @@ def build_batch(
         max_visible=shape.visible,
         query_lengths=lengths,
         page_size=page_size,
+        pattern=_pattern(shape, span, traits, noisy),
     )
     logits = _logit_rows(inputs, span, start, traits) if shape.logits else None
     return ForwardBatch(ids, torch.where(inside, positions, 0), flat.int(), layout, noisy, logits, added)
+
+
+def _pattern(shape: StepShape, span: Span, traits: FamilyTraits, noisy: Tensor | None) -> Pattern:
+    """What is known of the staircase before the device computes it."""
+    if shape.scratch:
+        return "any"
+    if traits.context == "full":
+        return "block"
+    # A window in another order sees by place, too; rows that may be noisy see the end of their block.
+    return "causal" if traits.context == "token-causal" and noisy is None else "any"
 
 
 def _block_end(state: RowState, slot: Tensor, places: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from .params import ParameterValue
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Operator's choices; None means "choose from the model and the machine" (see `resolve` in core.py).
 
-    model: a local Hugging Face folder.
+    model: a folder, or another name that `resolve_model` knows; every process of the engine looks it up for itself.
     token_budget: positions a forward may hold, prefill and denoise together.
     replica, replicas: this engine is one of several on its machine, counted from 0 (see `share_machine` in machine.py).
     kv_memory: bytes for the KV pages; on CUDA the default is `memory_fraction` of the card less weights and workspace.
@@ -26,7 +26,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     quantization: Literal["none", "int8"] = "none"
-    attention: Literal["auto", "torch", "triton"] = "auto"
+    attention: Literal["auto", "torch", "triton", "flash"] = "auto"
     numerics: Literal["fast", "reference"] = "fast"
     eager: bool = False  # no CUDA graphs
     block_size: int | None = None

@@ -234,7 +234,7 @@ def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
     if traits.context == "full":
         canvas = len(request.prompt) + request.sampling.max_tokens + len(request.suffix)
     return Geometry(
-        block=window,
+        block=strategy.block(values, traits),
         origin=len(request.prompt) if traits.grid == "prompt" and not values.get("aligned") else 0,
         seeds=traits.commit_seeds,
         opens=traits.commit_opens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 from .canvas.core import CanvasCore
@@ -12,7 +11,9 @@ from .config import EngineConfig
 from .core import EngineCore
 from .loading import load_model, read_config
 from .messages import Abort, AddRequest, ChoiceOutput, EngineStats, ModelInfo
+from .models.source import resolve_model
 from .parallel.core import ParallelCore
+from .parallel.crew import Crew
 
 
 class Core(Protocol):
@@ -34,11 +35,14 @@ class Core(Protocol):
     def close(self) -> None: ...
 
 
-def load_core(config: EngineConfig) -> Core:
-    """Load the model of `config` into the core of its kind. Raises ModelError or ConfigError."""
-    raw, _ = read_config(Path(config.model))
+def load_core(config: EngineConfig, crew: type[Crew] = Crew) -> Core:
+    """Load the model of `config` into the core of its kind. crew: who starts further ranks.
+
+    Raises ModelError or ConfigError.
+    """
+    raw, _ = read_config(resolve_model(config.model))
     if is_canvas(raw):
         return CanvasCore(load_canvas(config), check_invariants=config.check_invariants)
     if config.tensor_parallel_size > 1:
-        return ParallelCore(config)
+        return ParallelCore(config, crew)
     return EngineCore(load_model(config), check_invariants=config.check_invariants)

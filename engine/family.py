@@ -43,6 +43,8 @@ class FamilyTraits:
     fused_norm: RMSNorm multiplies by the weight in float32 and rounds once (SDAR) instead of rounding before (Llama,
         Qwen, Fast-dLLM v2).
     reward: a discriminator guides the sampler (canvas models).
+    routes_blocks: experts are chosen for a block together, so that every forward runs whole blocks (LLaDA2.2).
+    edit_ids: the ids that delete a position and insert one before it, while a block is denoised (LLaDA2.2); or None.
     """
 
     name: str
@@ -60,6 +62,8 @@ class FamilyTraits:
     has_filter: bool = False
     reward: bool = False
     commits_blocks: bool = False
+    routes_blocks: bool = False
+    edit_ids: tuple[int, int] | None = None
 
     @property
     def final_by_token(self) -> bool:
@@ -205,8 +209,34 @@ def family_from_config(
         return FamilyTraits(
             name, "token-causal", "own", size, size, mask, stops, banned, grid=grid, commits_blocks=True
         )
-    fused_norm = name == "sdar"
-    return FamilyTraits(name, "block-causal", "own", size, size, mask, stops, banned, fused_norm=fused_norm)
+    routes_blocks = name == "llada2" and bool(config.get("expert_capacity"))
+    own_size = int(config.get("block_size") or PUBLISHED_BLOCK_SIZE[name])
+    if routes_blocks and size != own_size:
+        raise ModelError(f"block_size {size} is not the model's: it chooses experts by blocks of {own_size}")
+    return FamilyTraits(
+        name,
+        "block-causal",
+        "own",
+        size,
+        size,
+        mask,
+        stops,
+        banned,
+        fused_norm=name == "sdar",
+        routes_blocks=routes_blocks,
+        edit_ids=_edit_ids(config) if name == "llada2" else None,
+    )
+
+
+def _edit_ids(config: dict[str, Any]) -> tuple[int, int] | None:
+    """LLaDA2.2's DELETE and SPLIT; None where config.json names neither."""
+    delete, split = config.get("delete_token_id"), config.get("split_token_id")
+    if delete is None and split is None:
+        return None
+    vocab = int(config["vocab_size"])
+    if delete is None or split is None or delete == split or not all(0 <= int(i) < vocab for i in (delete, split)):
+        raise ModelError(f"delete_token_id and split_token_id are no two ids of the vocabulary: {delete}, {split}")
+    return int(delete), int(split)
 
 
 def _architectures(config: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ class SamplingFlags:
 
     sampled: bool = False  # some row has temperature > 0
     filtered: bool = False  # some row has top_k, top_p or min_p
-    stops_banned: bool = False  # some row has min_tokens or ignore_eos
+    stops_banned: bool = False  # some row has min_tokens or ignore_eos, or ids that its strategy must not say
     filtered_confidence: bool = False  # some row wants the probability after the filters
     entropy: bool = False  # some row's strategy needs it, and so on
     margin: bool = False
@@ -26,15 +26,18 @@ class SamplingFlags:
         return SamplingFlags(*(a or b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def flags_of(sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy) -> SamplingFlags:
-    """The same object for equal flags."""
+def flags_of(
+    sampling: SamplingParams, decoding: DecodingParams, strategy: Strategy, edit_ids: tuple[int, ...] = ()
+) -> SamplingFlags:
+    """The same object for equal flags. edit_ids: the family's."""
     needs = strategy.needs(decoding.values)
     filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+    barred = bool(edit_ids) and not strategy.edits
     return _kept(
         SamplingFlags(
             sampled=not is_greedy(sampling),
             filtered=filtered,
-            stops_banned=sampling.ignore_eos or sampling.min_tokens > 0,
+            stops_banned=sampling.ignore_eos or sampling.min_tokens > 0 or barred,
             filtered_confidence=filtered and decoding.values.get("confidence") == "filtered",
             entropy=bool(needs & Needs.ENTROPY),
             margin=bool(needs & Needs.MARGIN),

@@ -61,12 +61,14 @@ def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Comin
     if is_cut(sequence, row):
         return _behind_chunk(sequence, row)
     if geometry.canvas:
-        return None if sequence.caches_blocks else known(sequence)
+        return None if sequence.caches_blocks else _behind_canvas(sequence)
     if geometry.refeeds:
         return _behind_frontier(sequence, row)
     if geometry.feed:
         window = 2 * geometry.feed
         return _behind(sequence, window, geometry.feed, sequence.start + window)
+    if geometry.window > geometry.block:
+        return _behind_blocks(sequence)
     return _behind_block(sequence, rows, share)
 
 
@@ -94,6 +96,13 @@ def _behind(sequence: Sequence, width: int, targets: int, reach: int) -> Coming:
     return Coming(sequence.start, width, 0, targets, sequence.segments, reach, geometry.segment)
 
 
+def _behind_canvas(sequence: Sequence) -> Coming:
+    """All of it once more, whatever it asks about: where that did not fit, all of it would have run for nothing."""
+    coming = known(sequence)
+    coming.targets = sequence.geometry.asks
+    return coming
+
+
 def _behind_chunk(sequence: Sequence, row: RowPlan) -> Coming:
     """The rest of the same step: a chunk decides nothing."""
     coming = known(sequence)
@@ -119,6 +128,13 @@ def _behind_block(sequence: Sequence, rows: int, share: float) -> Coming:
     if not geometry.seeds and 2 * _finishing(sequence) >= block * marginal_cost(rows, share):
         width = 2 * block
     return _behind(sequence, width, targets, sequence.start + 2 * block)
+
+
+def _behind_blocks(sequence: Sequence) -> Coming:
+    """The blocks of the window once more, maybe with one more that is begun behind them."""
+    geometry, start = sequence.geometry, sequence.start
+    reach = min(sequence.run_end + geometry.block, geometry.end(sequence.limit))
+    return _behind(sequence, reach - start, geometry.asks, reach)
 
 
 def _finishing(sequence: Sequence) -> float:

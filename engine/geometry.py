@@ -12,7 +12,8 @@ class Geometry:
     block: positions of a block (1 on a frontier). origin: where the first block starts (the grid's zero).
     seeds: a block's first position is decided by a forward of its own (FamilyTraits.commit_seeds). opens: it is decided
         by the forward that denoises the rest (commit_opens).
-    window: positions that a step looks at; asks: how many of them it asks about, at most.
+    window: positions that a step looks at, on a grid one block or several; asks: how many of them it asks about, at
+        most.
     feed: rows that a frontier's first step runs from the first undecided position on, or with `refeeds` from the last
         token on; 0 on a grid.
     segment: rows of a draft segment; 0 where there are none.
@@ -37,3 +38,7 @@ class Geometry:
         if self.feed:
             return tokens
         return self.origin + max(tokens - self.origin, 0) // self.block * self.block
+
+    def end(self, limit: int) -> int:
+        """Where the block ends that holds the position before `limit`, the last one of a text."""
+        return self.start(limit - 1) + self.block

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .decoding.view import Span, WindowStatistics
+from .flags import SamplingFlags
 from .layout import Group
 
 
@@ -35,11 +36,18 @@ def statistics_of(statistics: WindowStatistics, group: Group) -> WindowStatistic
     )
 
 
-def no_statistics(rows: int, window: int, device: torch.device) -> WindowStatistics:
+def no_statistics(rows: int, window: int, flags: SamplingFlags, device: torch.device) -> WindowStatistics:
+    """Of a forward that asks about nothing, in the shape that the rows' strategies expect."""
+
+    def filled(value: float) -> Tensor:
+        return torch.full((rows, window), value, device=device)
+
     return WindowStatistics(
         torch.zeros((rows, window), dtype=torch.bool, device=device),
         torch.zeros((rows, window), dtype=torch.int64, device=device),
-        torch.full((rows, window), -torch.inf, device=device),
+        filled(-torch.inf),
+        filled(torch.inf) if flags.entropy else None,
+        filled(-torch.inf) if flags.margin else None,
     )
 
 

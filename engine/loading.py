@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import msgspec
 import torch
 
-from linocut.kernels.backend import Backend, default_backend
-
+from .attention_choice import choose_attention
 from .cache.pages import PagePool
 from .cache.prefix import PrefixCache
 from .config import EngineConfig
@@ -29,9 +27,10 @@ from .machine import choose_device, choose_dtype, device_name, page_count, relea
 from .messages import ModelInfo
 from .models.backbone import Backbone, backbone_from_config
 from .models.decoder import Decoder, allocate_cache
+from .models.source import resolve_model
 from .models.weights import RandomWeights, WeightFiles
 from .parallel.ranks import ALONE, Ranks
-from .parallel.split import check_split
+from .parallel.split import check_split, part_of
 from .params import SamplingParams
 from .runner import ModelRunner
 from .scheduler import Scheduler
@@ -79,7 +78,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         raise ConfigError(f"tensor_parallel_size {config.tensor_parallel_size} where {ranks.size} load the model")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = Path(config.model)
+    folder = resolve_model(config.model)
     raw, generation = read_config(folder)
     traits = family_from_config(raw, generation, config.block_size, config.mask_id)
     backbone = backbone_from_config(raw)
@@ -94,9 +93,9 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         has_filter=(folder / FILTER_FILE).exists(),
     )
     check_split(backbone, ranks.size)
-    device = choose_device(config, ranks.rank)
+    device = choose_device(config) if ranks.device is None else ranks.device
     dtype = choose_dtype(config, backbone, device)
-    backend = _backend(config, backbone, device)
+    backend, flash = choose_attention(config, part_of(backbone, ranks.size), dtype, device)
     try:
         offer = offered(traits)
         defaults = resolve(offer, {"strategy": config.strategy, **config.strategy_parameters})
@@ -114,6 +113,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         device=device,
         quantization=config.quantization,
         backend=backend,
+        flash=flash,
         adapter_rank=_adapter_rank(raw) if traits.gated else 0,
         mask_id=traits.mask_id,
         draft_head=not config.random_weights and "draft_head.input" in weights,
@@ -190,7 +190,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         device=str(device),
         device_name=device_name(device),
         numerics=config.numerics,
-        attention=backend,
+        attention="triton, flash" if flash is not None else backend,
         quantization=config.quantization,
         prefix_caching=prefix_caching,
         token_budget=token_budget,
@@ -231,16 +231,3 @@ def _known_ids(what: str, ids: tuple[int, ...], vocab: int) -> tuple[int, ...]:
     if strange:
         log.warning("%s %s are outside the vocabulary of %d and are ignored", what, strange[:8], vocab)
     return tuple(i for i in ids if 0 <= i < vocab)
-
-
-def _backend(config: EngineConfig, backbone: Backbone, device: torch.device) -> Backend:
-    if config.attention == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("attention triton needs a GPU")
-    backend: Backend = default_backend(device) if config.attention == "auto" else config.attention
-    size = backbone.head_dim
-    if backend == "triton" and (size < 16 or size & (size - 1)):
-        if config.attention == "triton":
-            raise ConfigError(f"attention triton takes head sizes that are powers of two, not {size}")
-        log.warning("a head size of %d is not for the Triton kernels: the slower torch ones serve it", size)
-        return "torch"
-    return backend

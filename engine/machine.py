@@ -28,17 +28,16 @@ class Stored(Protocol):
     def dtype(self) -> str: ...
 
 
-def choose_device(config: EngineConfig, rank: int = 0) -> torch.device:
-    """The configured device, or the first GPU, or the CPU; of a further rank, the GPU behind it. Raises ConfigError."""
+def choose_device(config: EngineConfig, count: int = 1) -> torch.device:
+    """The configured device, or the first GPU, or the CPU. Raises ConfigError, also where fewer than `count` GPUs
+    follow, itself included."""
     device = _first_device(config)
-    if device.type == "cpu":
-        return device
-    last, found = device.index + config.tensor_parallel_size, torch.cuda.device_count()
-    if last > found:
+    if device.type == "cuda" and device.index + count > torch.cuda.device_count():
         raise ConfigError(
-            f"tensor_parallel_size {config.tensor_parallel_size} from {device} on needs {last} GPUs; torch sees {found}"
+            f"tensor_parallel_size {count} from {device} on needs {device.index + count} GPUs; "
+            f"torch sees {torch.cuda.device_count()}"
         )
-    return torch.device("cuda", device.index + rank)
+    return device
 
 
 def _first_device(config: EngineConfig) -> torch.device:

@@ -20,6 +20,7 @@ from .cores import Core, load_core
 from .errors import ParameterError
 from .machine import share_machine
 from .messages import Abort, AddRequest, ChoiceOutput, EngineInput, EngineOutput, Fatal, Outputs, Ready, Shutdown
+from .parallel.crew import Crew
 from .warm_up import warm_up
 
 log = logging.getLogger("linocut.engine")
@@ -31,23 +32,29 @@ STATS_INTERVAL = 0.5
 class EngineProcess:
     """Reads inputs between steps, steps while there is work, sends what was committed."""
 
-    def __init__(self, config: EngineConfig, input_endpoint: str, output_endpoint: str) -> None:
+    def __init__(
+        self, config: EngineConfig, input_endpoint: str, output_endpoint: str, crew: type[Crew] = Crew
+    ) -> None:
+        """crew: who starts the further ranks of a model that several processes hold."""
         self._context = zmq.Context(1)
         self._input = self._context.socket(zmq.PULL)
-        self._input.connect(input_endpoint)
         self._output = self._context.socket(zmq.PUSH)
         # Give the server this long to take the last message; then leave, whatever it does.
         self._output.setsockopt(zmq.LINGER, 2000)
+        for one in (self._input, self._output):
+            # What a lost connection held is lost, and a text with a hole is worse than an engine that is silent.
+            one.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._input.connect(input_endpoint)
         self._output.connect(output_endpoint)
         self._decoder = msgspec.msgpack.Decoder(EngineInput)
         self._encoder = msgspec.msgpack.Encoder()
-        self._config = config
+        self._config, self._crew = config, crew
 
     def run(self) -> None:
         """Load the model and serve until Shutdown. Any exception is reported as Fatal and raised again."""
         core: Core | None = None
         try:
-            core = load_core(share_machine(self._config))
+            core = load_core(share_machine(self._config), self._crew)
             if isinstance(core, EngineCore) and core.runner.graphs is not None:
                 warm_up(core)
             # What is there by now stays: the collector need not look through it again, in the middle of a step.

@@ -123,7 +123,7 @@ class ModelRunner:
             )
             statistics = to_window(batch.logits, found, shape.rows, width)
         else:
-            statistics = no_statistics(shape.rows, width, state.device)
+            statistics = no_statistics(shape.rows, width, shape.flags, state.device)
         forward = Forward(shape, inputs, hidden, batch.logits)
 
         packed = []
@@ -231,7 +231,7 @@ class ModelRunner:
         # An entry for every position of the window; those that were not asked about say nothing.
         asked.row, asked.offset = places // window, places % window
         asked.slot, asked.valid = view.slots[asked.row], statistics.candidates.flatten()
-        bias = strategy.bias(view, statistics).flat()
+        bias = strategy.bias(view, statistics, self.traits).flat()
         found = self.sampler.propose(
             self.state, forward.hidden, asked, span.seeding, self.decoder.logits, forward.shape.flags, bias
         )
@@ -256,7 +256,8 @@ class ModelRunner:
         for row in plan.admissions:
             self._remember(row)
         admissions = [*plan.admissions, *self._idle_rows(plan.admissions)]
-        admit_rows(self.state, admissions, self.traits.stop_ids, self.traits.mask_id)
+        edit_ids = self.traits.edit_ids or ()
+        admit_rows(self.state, admissions, self.traits.stop_ids, self.traits.mask_id, edit_ids)
         for row in plan.admissions:
             for name, value in self._kept.pop(row.key, {}).items():
                 self.state.memory[name][row.slot][tuple(map(slice, value.shape))] = value
@@ -267,7 +268,7 @@ class ModelRunner:
             column.copy_(column.to(self.decoder.dtype))
         for row in plan.admissions:
             strategy = self.strategies[row.decoding.strategy]
-            self._flags[row.slot] = flags_of(row.sampling, row.decoding, strategy)
+            self._flags[row.slot] = flags_of(row.sampling, row.decoding, strategy, edit_ids)
             self._windows[row.slot] = strategy.window(row.decoding.values, self.traits)
 
     def _remember(self, row: Admission) -> None:

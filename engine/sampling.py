@@ -102,7 +102,7 @@ class Sampler:
             kept_total=after is not None,
             backend=self._backend,
         )
-        return merge_partials(self._share.join(partials), sampling, filtered_confidence=after)
+        return merge_partials(self._share.join(partials), sampling, filtered_confidence=after, backend=self._backend)
 
     def ban(self, state: RowState, logits: Tensor, slot: Tensor, position: Tensor, flags: SamplingFlags) -> None:
         """Set what may not be chosen to -inf, in place: mask, unused ids, and stop ids before their time."""

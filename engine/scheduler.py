@@ -319,6 +319,8 @@ class Scheduler:
         sequence.width = report.next_width
         sequence.targets = report.next_targets
         sequence.segments = report.next_segments
+        if sequence.geometry.window > sequence.geometry.block:
+            sequence.ahead = sequence.run_end - sequence.start
         self._share_final_units(sequence)
         if sequence.finish:
             self.running.remove(sequence)

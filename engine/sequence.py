@@ -43,6 +43,8 @@ class Sequence:
     width: int = 0
     targets: int = 0
     segments: int = 0
+    # (several blocks in a window) Positions from `start` on that the next step runs, as last reported; 0: not yet.
+    ahead: int = 0
 
     status: Status = Status.WAITING
     last_step: int = 0  # the scheduler's step in which it last ran
@@ -72,6 +74,9 @@ class Sequence:
         values = self.request.decoding.values
         cache = values.get("cache", "none") != "none" if self.geometry.canvas else values.get("sub_block_cache")
         self.caches_blocks = bool(cache)
+        if self.geometry.window > self.geometry.block and float(values.get("begin", 0.0)) > 0:
+            # Nothing of the first block is decided yet, so that no other one is begun.
+            self.ahead = self.geometry.block
         self.plan_from(0)
 
     @property
@@ -126,14 +131,15 @@ class Sequence:
             self.width = self.start + geometry.feed - final_len
             return
         if geometry.canvas:
-            self.width, self.targets = geometry.canvas, geometry.block
+            self.width, self.targets = geometry.canvas, geometry.window
             return
         self.segments = 0
         first_undecided = not (self.decided[0] if self.decided else self.start < len(self.tokens))
         if geometry.seeds and first_undecided and self.start > 0:
             self.width, self.targets = self.start - final_len, 1
             return
-        self.width = self.start + geometry.block - final_len
+        ahead = self.ahead or min(geometry.window, geometry.end(self.limit) - self.start)
+        self.width = self.start + ahead - final_len
         # At most: a sub-block needs fewer. The first step after admission may reserve a few logits rows too many.
-        known = sum(self.decided) if self.decided else len(self.tokens) - self.start
-        self.targets = geometry.block - (0 if geometry.asks_all else known)
+        known = sum(self.decided[:ahead]) if self.decided else len(self.tokens) - self.start
+        self.targets = ahead - (0 if geometry.asks_all else known)

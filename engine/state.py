@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .decoding.columns import Parameters
-from .decoding.registry import columns
+from .decoding.registry import columns, strategy_classes
 from .decoding.strategies.verify import MAX_DRAFT
 from .params import SamplingParams
 from .plan import Admission, PageGrant
@@ -30,13 +30,15 @@ class RowState:
     """State of `rows` slots; `length` positions each. Integers are int32 unless noted.
 
     tokens, decided: [rows, length]. Undecided positions hold the mask id, or a draft.
-    prompt_len, start, final_len, step, limit: [rows]; see `Sequence`. block, origin, canvas: [rows]; see `Geometry`.
+    prompt_len, start, final_len, step, limit: [rows]; see `Sequence`. block, window, origin, canvas: [rows]; see
+        `Geometry`.
     fresh: [rows] bool, the active block's slots hold K/V of a whole-block forward (sub-block cache). finished: [rows]
         bool, the text has ended; the row runs nothing any more.
     drafts: [rows], drafts of masks that stand behind `start`; draft_confidence: [rows, MAX_DRAFT] float32. row_cost:
         [rows] float32, what a row of the coming step must promise (the parameter of that name, or what the load says).
     stops: [rows, K] ids that end the text, padded with -1; stops_from: [rows, K] the position below which each is
-        banned (min_tokens; for ignore_eos the family's are banned everywhere).
+        banned (min_tokens; for ignore_eos the family's are banned everywhere). Ids that a row's strategy must not say
+        stand there, too, banned everywhere.
     page_table: [rows, pages].
     parameters: strategy parameter name -> [rows]. memory: what strategies keep of their rows, name -> [rows, ...].
     """
@@ -49,6 +51,7 @@ class RowState:
     step: Tensor
     limit: Tensor
     block: Tensor
+    window: Tensor
     origin: Tensor
     canvas: Tensor
     fresh: Tensor
@@ -91,6 +94,7 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
         step=ints(rows),
         limit=ints(rows),
         block=ints(rows),
+        window=ints(rows),
         origin=ints(rows),
         canvas=ints(rows),
         fresh=torch.zeros(rows, dtype=torch.bool, device=device),
@@ -116,8 +120,14 @@ def allocate_state(rows: int, length: int, pages: int, device: torch.device) -> 
     )
 
 
-def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int, ...], mask_id: int | None) -> None:
-    """Write the rows of `admissions`. `stop_ids` are the family's.
+def admit_rows(
+    state: RowState,
+    admissions: list[Admission],
+    stop_ids: tuple[int, ...],
+    mask_id: int | None,
+    edit_ids: tuple[int, ...] = (),
+) -> None:
+    """Write the rows of `admissions`. `stop_ids` and `edit_ids` are the family's.
 
     The mask id stands at undecided positions of a block; on a frontier the row's own tokens do, as a first draft.
     """
@@ -134,7 +144,7 @@ def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int
     tokens, decided = _initial_tokens(admissions, state.tokens.shape[1], mask_id)
     write(state.tokens, tokens)
     write(state.decided, decided)
-    stops, stops_from = _stop_table(admissions, stop_ids)
+    stops, stops_from = _stop_table(admissions, stop_ids, edit_ids)
     _ensure_stop_columns(state, stops.shape[1])
     write(state.stops, pad(stops, (0, state.stops.shape[1] - stops.shape[1]), value=-1))
     write(state.stops_from, pad(stops_from, (0, state.stops.shape[1] - stops.shape[1])))
@@ -145,6 +155,7 @@ def admit_rows(state: RowState, admissions: list[Admission], stop_ids: tuple[int
     write_list(state.step, [row.step for row in admissions])
     write_list(state.limit, [row.limit for row in admissions])
     write_list(state.block, [row.geometry.block for row in admissions])
+    write_list(state.window, [row.geometry.window for row in admissions])
     write_list(state.origin, [row.geometry.origin for row in admissions])
     write_list(state.canvas, [row.geometry.canvas for row in admissions])
     write_list(state.fresh, [False] * len(admissions))
@@ -198,14 +209,19 @@ def _initial_tokens(admissions: list[Admission], length: int, mask_id: int | Non
     return tokens, decided
 
 
-def _stop_table(admissions: list[Admission], stop_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _stop_table(
+    admissions: list[Admission], stop_ids: tuple[int, ...], edit_ids: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
     """[rows, K] stop ids, -1 where there is none, and the position below which each is banned."""
-    rows = []
+    rows, classes = [], strategy_classes()
     for row in admissions:
         minimum = row.prompt_len + row.sampling.min_tokens
         # Behind max_tokens too: what stands there has its say in the block.
         stops = {stop: torch.iinfo(_INT).max if row.sampling.ignore_eos else minimum for stop in stop_ids}
-        rows.append(stops | {stop: minimum for stop in row.sampling.stop_token_ids})
+        stops |= {stop: minimum for stop in row.sampling.stop_token_ids}
+        if not classes[row.decoding.strategy].edits:
+            stops |= dict.fromkeys(edit_ids, torch.iinfo(_INT).max)
+        rows.append(stops)
     width = max(1, *(len(stops) for stops in rows)) if rows else 1
     ids = torch.tensor([[*stops, *[-1] * (width - len(stops))] for stops in rows], dtype=_INT)
     below = torch.tensor([[*stops.values(), *[0] * (width - len(stops))] for stops in rows], dtype=_INT)

@@ -9,12 +9,19 @@ of the queries themselves are in the cache before this is called, so no forward 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from .attention_torch import grouped_attention, padded_attention
 from .backend import Backend
+
+if TYPE_CHECKING:
+    from .attention_flash import FlashAttention
+
+# What the host knows of a forward's staircase. "causal": within a row, a(q) grows by one from query to query. "block":
+# all queries of a row see the same. In both, queries that see nothing stand at a row's end, and nobody has scratch.
+Pattern = Literal["any", "causal", "block"]
 
 
 @dataclass
@@ -35,6 +42,7 @@ class AttentionLayout:
     max_visible: int  # host-known upper bound of a(q) and c(q)
     query_lengths: list[int] | None = None  # host-known exact widths, for the CPU path
     page_size: int | None = None  # checked against the cache when given
+    pattern: Pattern = "any"
     # What the implementations derive from the fields at first use. So a layout is not changed after its first use, and
     # one that a CUDA graph is to recompute must be made inside the captured function.
     plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -42,22 +50,34 @@ class AttentionLayout:
     def __post_init__(self) -> None:
         if (self.scratch_start is None) != (self.scratch_end is None):
             raise ValueError("scratch_start and scratch_end go together")
+        if self.pattern != "any" and self.scratch_start is not None:
+            raise ValueError(f"a layout with scratch intervals is not {self.pattern}")
 
 
 def staircase_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: AttentionLayout, scale: float, *, backend: Backend = "torch"
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: AttentionLayout,
+    scale: float,
+    *,
+    backend: Backend = "torch",
+    flash: FlashAttention | None = None,
 ) -> Tensor:
     """Attend with every query of `q` to its visible cache slots.
 
     q: [tokens, heads, head_dim]. k_cache, v_cache: [pages, page_size, kv_heads, head_dim], keys stored rotated, of q's
     dtype. heads = kv_heads * group for any group. Slot s of row r is at [page_table[r, s // page_size], s % page_size].
     Returns [tokens, heads, head_dim] in q's dtype; softmax and accumulation are float32 (float64 for float64 inputs).
+    flash: takes the forwards that it is there for; `backend` takes the others.
     """
     page_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
     if q.shape[1] % kv_heads != 0:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {kv_heads} key heads")
     if layout.page_size is not None and layout.page_size != page_size:
         raise ValueError(f"the layout says pages of {layout.page_size} slots, the cache has {page_size}")
+    if flash is not None and flash.takes(q, layout):
+        return flash(q, k_cache, v_cache, layout, scale)
     if backend == "triton":
         from .attention_triton import triton_attention
 

@@ -10,13 +10,15 @@ come from the layout's host-known bounds, so a CUDA graph captures it.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .attention_cuts import Config, choose_config
+from .overlap_triton import follow, overlap
 
 if TYPE_CHECKING:
     from .attention import AttentionLayout
@@ -25,57 +27,17 @@ _LOG2_E = 1.4426950408889634
 _MAP_BLOCK = 128
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is cut and compiled."""
-
-    block_m: int  # rows of a tile: positions times heads per key head
-    block_n: int  # keys per step
-    splits: int  # programs that share a tile's keys
-    num_warps: int
-    num_stages: int
-
-
-def choose_config(
-    tokens: int,
-    rows: int,
-    max_query: int,
-    max_visible: int,
-    kv_heads: int,
-    group: int,
-    head_dim: int,
-    processors: int,
-    itemsize: int = 2,
-) -> Config:
-    """Choose from host-known bounds only. The one place to tune."""
-    # A batch that mixes a prefill with many short rows is cut for its typical row, or those would mostly be padding.
-    typical = max(1, min(max_query, 4 * tokens // max(rows, 1)))
-    block_m = max(16, triton.next_power_of_2(typical * group))
-    block_m = max(min(block_m, 128 if itemsize == 2 else 64), triton.next_power_of_2(group))
-    positions = block_m // group
-    tiles = min(rows * triton.cdiv(max_query, positions), tokens // positions + rows)
-    # As `check --tune` measured on an H100: large tiles want 128 keys and 8 warps, small ones 64 and 4; more splits
-    # than processors cost more in the join than they win.
-    large = block_m == 128 and head_dim == 128 and itemsize == 2
-    block_n = 128 if large else 64 if head_dim * itemsize <= 256 else 32
-    block_n = max(16, min(block_n, triton.next_power_of_2(max_visible)))
-    wanted = processors // max(1, tiles * kv_heads)
-    splits = 1
-    while splits * 2 <= min(wanted, max_visible // 128, 16):
-        splits *= 2
-    num_stages = 4 if large else 3 if itemsize == 2 else 2
-    return Config(block_m, block_n, splits, num_warps=8 if large else 4, num_stages=num_stages)
-
-
 # Counts differ from batch to batch: compiling anew for each that is 1 or a multiple of 16 would stall requests.
 @triton.jit(do_not_specialize=["rows", "tokens", "tiles", "steps"])
 def _map_kernel(
-    start_ptr, map_ptr, rows, tokens, tiles, steps, POSITIONS: tl.constexpr, BLOCK: tl.constexpr
+    start_ptr, map_ptr, rows, tokens, tiles, steps,
+    POSITIONS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """map[tile] = (row, first query, number of queries). Row `rows` holds the padding tokens after the last row.
 
     Row r gets the tiles from start[r] // POSITIONS + r on: at least as many as it needs, found without a prefix sum.
     """
+    follow(OVERLAP)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros([BLOCK], tl.int32)  # the last row whose first tile is at most `tile`, by bisection
     high = tl.zeros([BLOCK], tl.int32) + rows + 1
@@ -119,16 +81,16 @@ def _attend_keys(
     if UPCAST:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
-    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale  # [M, N], in units of log 2
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [M, N]; times scale, in units of log 2
     if MASK:
         seen = slot[None, :] < visible[:, None]
         if SCRATCH:
             seen |= (slot[None, :] >= scratch_start[:, None]) & (slot[None, :] < scratch_end[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    higher = tl.maximum(best, tl.max(scores, axis=1))
+    higher = tl.maximum(best, tl.max(scores, axis=1) * scale)
     # A query that has seen nothing yet has a maximum of -inf, and -inf minus -inf is no number.
     shift = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores - shift[:, None])
+    weights = tl.exp2(scores * scale - shift[:, None])
     shrink = tl.exp2(best - shift)
     total = total * shrink + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
@@ -141,9 +103,11 @@ def _attention_kernel(
     scratch_end_ptr, rows, tokens, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, page_row, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SCRATCH: tl.constexpr, UPCAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, kv_heads, splits). out: [tokens, HEADS, HEAD_DIM], or with splits [splits, tokens, HEADS, HEAD_DIM]
     float32, and best and total [splits, tokens, HEADS] float32."""
+    follow(OVERLAP)
     # The last tiles of a causal row have the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -209,9 +173,11 @@ def _attention_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _join_kernel(
-    part_ptr, best_ptr, total_ptr, out_ptr, count, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr
+    part_ptr, best_ptr, total_ptr, out_ptr, count,
+    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens * heads): the weighted mean of the splits' results."""
+    follow(OVERLAP)
     place = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, SPLITS).to(tl.int64) * count + place
     best = tl.load(best_ptr + places)
@@ -260,11 +226,19 @@ def triton_attention(
         GROUP=group, HEADS=heads, PAGE=page_size, HEAD_DIM=head_dim,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=config.splits > 1, SCRATCH=scratch,
         UPCAST=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **overlap(q.device, tokens),
     )  # fmt: skip
     if config.splits > 1:
         _join_kernel[(tokens * heads,)](
-            part, best, total, out, tokens * heads, SPLITS=config.splits, HEAD_DIM=head_dim, num_warps=4
+            part,
+            best,
+            total,
+            out,
+            tokens * heads,
+            SPLITS=config.splits,
+            HEAD_DIM=head_dim,
+            num_warps=4,
+            **overlap(q.device, tokens),
         )
     return out
 
@@ -278,7 +252,7 @@ def _tile_map(layout: AttentionLayout, positions: int, tokens: int) -> Tensor:
         found = torch.empty((tiles, 3), dtype=torch.int32, device=layout.query_start.device)
         _map_kernel[(triton.cdiv(tiles, _MAP_BLOCK),)](
             layout.query_start, found, rows, tokens, tiles, (rows + 1).bit_length(),
-            POSITIONS=positions, BLOCK=_MAP_BLOCK,
+            POSITIONS=positions, BLOCK=_MAP_BLOCK, **overlap(found.device, tokens),
         )  # fmt: skip
         layout.plans[key] = found
     result: Tensor = layout.plans[key]

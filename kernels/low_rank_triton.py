@@ -8,13 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap_triton import follow, overlap
+
 
 @triton.jit(do_not_specialize=["tokens"])
 def _low_rank_kernel(
     y_ptr, h_ptr, up_ptr, rows_ptr, tokens, out, rank, y_row, h_row, up_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, UPCAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """y: [tokens, out], h: [tokens, rank], up: [out, rank]; strides of their rows given, of their columns 1."""
+    follow(OVERLAP)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, RANK)
@@ -45,4 +49,5 @@ def triton_gated_low_rank(y: Tensor, h: Tensor, up: Tensor, rows: Tensor) -> Non
         y, h, up, rows.view(torch.uint8), tokens, out, rank, y.stride(0), h.stride(0), up.stride(0),
         ROWS=tile, COLUMNS=columns, RANK=max(16, triton.next_power_of_2(rank)), num_warps=4,
         UPCAST=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
+        **overlap(y.device, tokens),
     )  # fmt: skip

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap_triton import follow, overlap
+
 _MAX_TILE = 4096
 
 
@@ -15,9 +17,10 @@ _MAX_TILE = 4096
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr,
     rows, inner, size, x_outer, x_inner, r_outer, r_inner, eps,
-    FUSED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FUSED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x, residual: [rows / inner, inner, size] with strides (outer, inner, 1); out, total: [rows, size], contiguous."""
+    follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < size)
@@ -38,7 +41,8 @@ def _norm_kernel(
 
 
 @triton.jit
-def _silu_kernel(x_ptr, out_ptr, inter, x_stride, BLOCK: tl.constexpr):
+def _silu_kernel(x_ptr, out_ptr, inter, x_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    follow(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inter
@@ -67,7 +71,8 @@ def triton_silu_and_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((*gate_up.shape[:-1], inter), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() > 0:
         grid = (flat.shape[0], triton.cdiv(inter, 1024))
-        _silu_kernel[grid](flat, out, inter, flat.stride(0), BLOCK=1024, num_warps=4)
+        settings = overlap(flat.device, flat.shape[0])
+        _silu_kernel[grid](flat, out, inter, flat.stride(0), BLOCK=1024, num_warps=4, **settings)
     return out
 
 
@@ -86,7 +91,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, fuse
             x3, r3, weight, out, total,
             rows, inner, size, x3.stride(0), x3.stride(1), r3.stride(0), r3.stride(1), eps,
             FUSED=fused, ADD=residual is not None, ROWS=tile_rows, BLOCK=block,
-            num_warps=4 if block * tile_rows <= 2048 else 8,
+            num_warps=4 if block * tile_rows <= 2048 else 8, **overlap(x.device, rows),
         )  # fmt: skip
     return out, total
 

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap_triton import follow, overlap
+
 
 @triton.jit
 def _rotate_heads(
@@ -48,9 +50,10 @@ def _rope_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, position_ptr, slot_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
     heads, kv_heads, head_dim, q_token, q_head, k_token, k_head, v_token, v_head, table_row, q_tiles, k_tiles,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, tiles): tiles of HEADS heads, first those of q, then of k, then of v."""
+    follow(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     lane = tl.arange(0, HEADS)[:, None]
@@ -105,5 +108,6 @@ def triton_rope_and_cache_write(
         HALF=half, BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(rest) if rest > 0 else 0,
         BLOCK_HEAD=triton.next_power_of_2(head_dim), HEADS=tile_heads, num_warps=2,
+        **overlap(q.device, tokens),
     )  # fmt: skip
     return out

@@ -101,7 +101,7 @@ def vocab_statistics(
         kept_total=filtered_confidence is not None,
         backend=backend,
     )
-    return merge_partials(partials, sampling, filtered_confidence=filtered_confidence)
+    return merge_partials(partials, sampling, filtered_confidence=filtered_confidence, backend=backend)
 
 
 def partial_statistics(
@@ -147,9 +147,28 @@ def concat_partials(partials: list[VocabPartials]) -> VocabPartials:
 
 
 def merge_partials(
-    partials: VocabPartials, sampling: SamplingRows | None, *, filtered_confidence: Tensor | None = None
+    partials: VocabPartials,
+    sampling: SamplingRows | None,
+    *,
+    filtered_confidence: Tensor | None = None,
+    backend: Backend = "torch",
 ) -> VocabStatistics:
     """Finish the reduction over the first dimension. Rows and `sampling` as given to `partial_statistics`."""
+    if backend == "triton":
+        from .statistics_triton import triton_merge
+
+        statistics = triton_merge(partials, sampling, filtered_confidence)
+    else:
+        statistics = _merge(partials, sampling, filtered_confidence)
+    if partials.top_ids is not None and partials.top_logits is not None:
+        statistics.top_ids, statistics.top_logits = _merge_top(partials.top_ids, partials.top_logits)
+    return statistics
+
+
+def _merge(
+    partials: VocabPartials, sampling: SamplingRows | None, filtered_confidence: Tensor | None
+) -> VocabStatistics:
+    """All but the top ids."""
     scale = sampling.scale() if sampling is not None and sampling.sampled else None
     slices = partials.maximum.shape[0]
     if slices == 1:
@@ -180,8 +199,6 @@ def merge_partials(
     if partials.second_logit is not None:
         best_two = torch.cat([partials.best_logit, partials.second_logit]).topk(2, dim=0).values
         statistics.margin = best_two[0] - best_two[1]
-    if partials.top_ids is not None and partials.top_logits is not None:
-        statistics.top_ids, statistics.top_logits = _merge_top(partials.top_ids, partials.top_logits)
     return statistics
 
 

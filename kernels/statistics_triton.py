@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .filters import Cutoff
 from .philox_triton import gumbel, noise_words
-from .statistics import VocabPartials
+from .statistics import VocabPartials, VocabStatistics
 
 if TYPE_CHECKING:
     from .statistics import SamplingRows
@@ -143,3 +143,84 @@ def triton_partials(
         )  # fmt: skip
     chosen_id = ids[1] if sampled else None
     return VocabPartials(best_id=ids[0], chosen_id=chosen_id, top_ids=top_ids, top_logits=top_logits, **field)
+
+
+@triton.jit(do_not_specialize=["slices", "rows"])
+def _merge_kernel(
+    maximum_ptr, total_ptr, value_ptr, id_ptr, logit_ptr, temperature_ptr, moment_ptr, best_ptr, second_ptr, kept_ptr,
+    filtered_ptr, token_ptr, confidence_ptr, logprob_ptr, entropy_ptr, margin_ptr, slices, rows,
+    SAMPLED: tl.constexpr, ENTROPY: tl.constexpr, MARGIN: tl.constexpr, FILTERED: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows). Everything but `filtered` and `temperature` [rows] is [slices, rows]."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, SLICES)
+    there = part < slices
+    place = part.to(tl.int64) * rows + row
+    low = float("-inf")
+    maximum = tl.load(maximum_ptr + place, there, other=low)
+    total = tl.load(total_ptr + place, there, other=0.0)
+    highest = tl.max(maximum, axis=0)
+    weight = tl.exp(maximum - highest)
+    whole = tl.sum(total * weight, axis=0)
+    # The first slice wins ties, as argmax has it.
+    value = tl.load(value_ptr + place, there, other=low)
+    winner = tl.min(tl.where(there & (value == tl.max(value, axis=0)), part, SLICES - 1), axis=0)
+    chosen = tl.minimum(winner, slices - 1).to(tl.int64) * rows + row
+    tl.store(token_ptr + row, tl.load(id_ptr + chosen))
+    logit = tl.load(logit_ptr + chosen)
+    if SAMPLED:
+        temperature = tl.load(temperature_ptr + row)
+        logit *= tl.div_rn(1.0, tl.where(temperature > 0, temperature, 1.0))
+    distance = logit - highest
+    log_whole = tl.log(whole)
+    logprob = distance - log_whole
+    if FILTERED:
+        kept = tl.sum(tl.load(kept_ptr + place, there, other=0.0) * weight, axis=0)
+        logprob = tl.where(tl.load(filtered_ptr + row) != 0, distance - tl.log(kept), logprob)
+    logprob = tl.where(logprob == logprob, tl.minimum(logprob, 0.0), low)
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(confidence_ptr + row, tl.exp(logprob))
+    if ENTROPY:
+        moment = tl.load(moment_ptr + place, there, other=0.0) + tl.maximum(maximum - highest, _LOWEST) * total
+        mean = tl.sum(moment * weight, axis=0) / whole
+        tl.store(entropy_ptr + row, tl.maximum(log_whole - mean, 0.0))
+    if MARGIN:
+        best = tl.load(best_ptr + place, there, other=low)
+        first = tl.max(best, axis=0)
+        where = tl.min(tl.where(best == first, part, SLICES - 1), axis=0)
+        second = tl.max(tl.load(second_ptr + place, there, other=low), axis=0)
+        second = tl.maximum(second, tl.max(tl.where(part == where, low, best), axis=0))
+        tl.store(margin_ptr + row, first - second)
+
+
+def triton_merge(
+    partials: VocabPartials, sampling: SamplingRows | None, filtered_confidence: Tensor | None
+) -> VocabStatistics:
+    """`statistics.merge_partials`, all but the top ids."""
+    slices, rows = partials.maximum.shape
+    sampled = sampling is not None and sampling.sampled
+    p, unused = partials, partials.maximum
+    chosen = (p.best_logit, p.best_id, p.best_logit)
+    if p.chosen_value is not None and p.chosen_id is not None and p.chosen_logit is not None:
+        chosen = (p.chosen_value, p.chosen_id, p.chosen_logit)
+    filtered = filtered_confidence is not None and p.kept_total is not None
+    found = torch.empty((4, rows), dtype=torch.float32, device=unused.device)
+    token = torch.empty(rows, dtype=torch.int64, device=unused.device)
+    if rows > 0:
+        _merge_kernel[(rows,)](
+            p.maximum, p.total, *chosen, sampling.temperature if sampling is not None else unused,
+            unused if p.moment is None else p.moment, p.best_logit,
+            unused if p.second_logit is None else p.second_logit, unused if p.kept_total is None else p.kept_total,
+            unused if filtered_confidence is None else filtered_confidence.view(torch.uint8),
+            token, *found.unbind(), slices, rows,
+            SAMPLED=sampled, ENTROPY=p.moment is not None, MARGIN=p.second_logit is not None, FILTERED=filtered,
+            SLICES=triton.next_power_of_2(slices), num_warps=1,
+        )  # fmt: skip
+    confidence, logprob, entropy, margin = found.unbind()
+    return VocabStatistics(
+        token,
+        confidence,
+        logprob,
+        entropy=None if p.moment is None else entropy,
+        margin=None if p.second_logit is None else margin,
+    )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from linocut.engine.errors import ConfigError, LinocutError
 
 from .tools import register
+
+if TYPE_CHECKING:
+    from .engine_launch import Launch
 
 app = typer.Typer(
     help="An OpenAI-compatible inference server for block-diffusion language models.",
@@ -54,9 +59,17 @@ def serve(
     replicas: Annotated[
         int, typer.Option(help="Engines behind this server, each on a GPU of its own, from the device on.")
     ] = 1,
+    distributed: Annotated[
+        str | None, typer.Option(help="ray: Ray puts engines and their ranks on the nodes of a cluster.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the cluster's head; without it, the one that this machine is in.")
+    ] = None,
     quantization: Annotated[str, typer.Option(help="none or int8")] = "none",
-    attention: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
-    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of this host that hold the model together.")] = 1,
+    attention: Annotated[str, typer.Option(help="auto, torch, triton or flash")] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="GPUs that hold the model together: of this host, or of Ray's.")
+    ] = 1,
     numerics: Annotated[str, typer.Option(help="fast, or reference: the model authors' own arithmetic")] = "fast",
     eager: Annotated[bool, typer.Option("--eager", help="No CUDA graphs.")] = False,
     random_weights: Annotated[
@@ -76,7 +89,7 @@ def serve(
     strategy_parameter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A default of the strategy; may be repeated.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; on Ray, CPUs of a rank.")] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body.")] = 8 << 20,
     keep_alive_seconds: Annotated[float, typer.Option(help="Silence after which streams send a comment.")] = 15.0,
     drain_seconds: Annotated[
@@ -109,6 +122,8 @@ def serve(
         host=host,
         port=port,
         replicas=replicas,
+        distributed=distributed,
+        ray_address=ray_address,
         api_keys=tuple(dict.fromkeys(keys)),
         api_key_file=api_key_file,
         log_prompts=log_prompts,
@@ -144,10 +159,10 @@ def serve(
         "strategy_parameters": dict(map(_parse_parameter, strategy_parameter or [])),
         "threads": threads,
     }
-    raise typer.Exit(_run(settings, config, folder, logs))
+    raise typer.Exit(_run(settings, config, model, logs))
 
 
-def _run(settings: Any, fields: dict[str, Any], folder: Path, logs: Any) -> int:
+def _run(settings: Any, fields: dict[str, Any], model: str | None, logs: Any) -> int:
     import asyncio
 
     import msgspec
@@ -155,8 +170,9 @@ def _run(settings: Any, fields: dict[str, Any], folder: Path, logs: Any) -> int:
     from linocut.engine.config import EngineConfig
 
     from .announcement import announce
-    from .engine_launch import launch_engine
+    from .engine_launch import local_launches
     from .lifecycle import Lifecycle
+    from .ray_cluster import RayCluster
     from .tokenizer import load_tokenizer
 
     try:
@@ -164,18 +180,21 @@ def _run(settings: Any, fields: dict[str, Any], folder: Path, logs: Any) -> int:
     except msgspec.ValidationError as error:
         raise ConfigError(str(error).replace("`$.", "`")) from None
 
-    async def run() -> int:
-        count = settings.replicas
-        shares = [msgspec.structs.replace(config, replica=number, replicas=count) for number in range(count)]
-        launches = [launch_engine(share, logs) for share in shares]
+    async def run(launches: Sequence[Launch]) -> int:
+        folder = Path(config.model)
         return await Lifecycle(settings, launches, lambda: load_tokenizer(folder), announce, fields).run()
 
     try:
-        import uvloop
+        from uvloop import new_event_loop
     except ImportError:
-        return asyncio.run(run())
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run())
+        new_event_loop = asyncio.new_event_loop
+    with contextlib.ExitStack() as stack:
+        if settings.distributed is None:
+            launches = local_launches(config, settings.replicas, logs)
+        else:
+            cluster = stack.enter_context(RayCluster(settings.ray_address, logs))
+            launches = cluster.launches(config, model, settings.replicas)
+        return stack.enter_context(asyncio.Runner(loop_factory=new_event_loop)).run(run(launches))
 
 
 def _default_name(model: str | None, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The server's end of the two sockets to the engine process."""
+"""The server's end of the two sockets to an engine."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from linocut.engine.messages import (
     Ready,
     Shutdown,
 )
+from linocut.engine.parallel.process import Process
 
-from .engine_launch import STOP_SECONDS, EngineProcess, Launch, ask_for_stacks, obituary, stop_process
+from .engine_launch import STOP_SECONDS, Launch, ask_for_stacks, obituary, stop_process
 from .submission import Submission
 from .watchdog import Watchdog
 
@@ -53,7 +54,7 @@ class EngineClient:
         self._watchdog = Watchdog(patience)
         self._interval = min(1.0, patience / 4)
         self._stalled = False
-        self._process: EngineProcess | None = None
+        self._process: Process | None = None
         self._submissions: dict[str, Submission] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: asyncio.Future[ModelInfo] | None = None
@@ -75,7 +76,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         self._tasks.append(loop.create_task(self._receive()))
-        self._process = self._launch(input_endpoint, output_endpoint)
+        self._process = self._launch.start(input_endpoint, output_endpoint)
         self._watched = self._process.sentinel
         loop.add_reader(self._watched, self._on_exit)
         self.model = await self._ready
@@ -99,14 +100,16 @@ class EngineClient:
         try:
             return self._bind(self._input, "input"), self._bind(self._output, "output")
         except zmq.ZMQError as error:
-            raise ConfigError(f"cannot open sockets in {self._folder}: {error} (TMPDIR names the place)") from error
+            where = self._launch.interface or f"{self._folder} (TMPDIR names the place)"
+            raise ConfigError(f"cannot open sockets in {where}: {error}") from error
 
     def _bind(self, socket: zmq.Socket[Any], name: str) -> str:
-        if os.name == "posix":
+        if self._launch.interface is None and os.name == "posix":
             endpoint = f"ipc://{self._folder / name}"
             socket.bind(endpoint)
             return endpoint
-        return f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
+        socket.bind(f"tcp://{self._launch.interface or '127.0.0.1'}:*")
+        return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @property
     def alive(self) -> bool:

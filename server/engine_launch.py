@@ -1,4 +1,4 @@
-"""The engine's process as the server handles it: launched, asked where it hangs, ended."""
+"""The engine's process as the server handles it: launched, asked where it hangs, ended. Here on this host."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from dataclasses import dataclass
+
+import msgspec
 
 from linocut.engine.config import EngineConfig
+from linocut.engine.parallel.process import Process
 
 from .logs import LogSettings
 from .threads import settle_threads
@@ -17,27 +20,26 @@ from .threads import settle_threads
 STOP_SECONDS = 5.0  # from Shutdown to SIGKILL
 
 
-class EngineProcess(Protocol):
-    """What the client needs of `multiprocessing.process.BaseProcess`."""
+@dataclass(frozen=True)
+class Launch:
+    """How one engine is started, as often as need be.
 
-    @property
-    def sentinel(self) -> int: ...
-    @property
-    def exitcode(self) -> int | None: ...
-    @property
-    def pid(self) -> int | None: ...
-    def is_alive(self) -> bool: ...
-    def join(self, timeout: float | None = None) -> None: ...
-    def kill(self) -> None: ...
+    start: (input endpoint, output endpoint) -> the started process, which connects to both.
+    interface: this host's IPv4 address that an engine elsewhere reaches; None: the engine is a process of this host.
+    """
+
+    start: Callable[[str, str], Process]
+    interface: str | None = None
 
 
-Launch = Callable[[str, str], EngineProcess]  # (input endpoint, output endpoint) -> started process
+def local_launches(config: EngineConfig, replicas: int, logs: LogSettings) -> list[Launch]:
+    """Of engines in processes of this host."""
+    shares = (msgspec.structs.replace(config, replica=number, replicas=replicas) for number in range(replicas))
+    return [Launch(_start_engine(share, logs)) for share in shares]
 
 
-def launch_engine(config: EngineConfig, logs: LogSettings) -> Launch:
-    """A launcher of the real engine, in a process of its own."""
-
-    def launch(input_endpoint: str, output_endpoint: str) -> EngineProcess:
+def _start_engine(config: EngineConfig, logs: LogSettings) -> Callable[[str, str], Process]:
+    def start(input_endpoint: str, output_endpoint: str) -> Process:
         import multiprocessing
 
         from .engine_entry import run
@@ -51,7 +53,7 @@ def launch_engine(config: EngineConfig, logs: LogSettings) -> Launch:
             process.start()
         return process
 
-    return launch
+    return start
 
 
 @contextlib.contextmanager
@@ -71,7 +73,7 @@ def _interrupts_ignored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stop_process(process: EngineProcess, patience: float) -> None:
+def stop_process(process: Process, patience: float) -> None:
     """Wait `patience` seconds for the process to end by itself, then kill it."""
     process.join(patience)
     if process.is_alive():
@@ -79,8 +81,8 @@ def stop_process(process: EngineProcess, patience: float) -> None:
         process.join(STOP_SECONDS)
 
 
-def ask_for_stacks(process: EngineProcess) -> None:
-    """Have the engine print where its threads are (see `run_engine`); one that is stopped or gone does not."""
+def ask_for_stacks(process: Process) -> None:
+    """Have the engine print where its threads are (see `run_engine`); one that is stopped or elsewhere does not."""
     if process.pid is not None and hasattr(signal, "SIGUSR1"):
         with contextlib.suppress(OSError):
             os.kill(process.pid, signal.SIGUSR1)
@@ -90,4 +92,6 @@ def obituary(exit_code: int | None) -> str:
     """Why the process ended, for the log."""
     if exit_code == -getattr(signal, "SIGKILL", 9):
         return "the engine process was killed (SIGKILL); out of memory, if nobody did it"
+    if exit_code is None:
+        return "the engine is gone"
     return f"the engine process ended with exit code {exit_code}"

@@ -22,7 +22,7 @@ PROBES = ("/health", "/ready", "/version", "/metrics")
 
 @router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
-    """200 while an engine lives; a server that drains is healthy."""
+    """200 while an engine lives or comes back; a server that drains is healthy."""
     if service_of(request).engine.dead.is_set():
         return json_response({"status": "engine dead"}, 503)
     return json_response({"status": "ok"})

@@ -30,10 +30,11 @@ class QueueFull(LinocutError):
 
 
 class Replicas:
-    """One engine or several on this host, with the same model.
+    """One engine or several with the same model, on this host or wherever their launches put them.
 
-    `model` is valid after `start`. `dead` is set once, when no engine is left; `failure` then says why the last one
-    died. While another one lives, the requests of one that dies fail and it is started again.
+    `model` is valid after `start`. The requests of an engine that dies fail, and it is started again while another one
+    lives, or comes back: engines elsewhere do, as whoever would start this server anew could only wait for the same.
+    `dead` is set once, when no engine is left; `failure` then says why the last one died.
     """
 
     model: ModelInfo
@@ -45,6 +46,7 @@ class Replicas:
         self._keepers: list[asyncio.Task[None]] = []
         self._endings: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._returning: set[int] = set()
         self.dead = asyncio.Event()
         self.failure = ""
 
@@ -97,15 +99,16 @@ class Replicas:
         return placed
 
     async def _keep(self, number: int) -> None:
-        """Have an engine that dies started again, as long as another one lives."""
+        """Have an engine that dies started again."""
         loop = asyncio.get_running_loop()
         tries = 0
         while True:
             engine, began = self.engines[number], loop.time()
             await engine.dead.wait()
-            if not self.alive:
-                self.failure = engine.failure
-                self.dead.set()
+            self.failure = engine.failure
+            if self._launches[number].interface is not None:
+                self._returning.add(number)
+            if self._none_left():
                 return
             self._router.forget(number)
             await asyncio.shield(self._end(engine))
@@ -116,11 +119,19 @@ class Replicas:
                 await asyncio.sleep(PAUSES[tries])
                 tries += 1
                 fresh = await self._restart(number)
+            self._returning.discard(number)
             if fresh is None:
                 log.error("engine %d was started %d times and stays away", number, tries)
+                self._none_left()
                 return
             self._router.resize(number, _cached(fresh.model))
             self.engines[number] = fresh
+
+    def _none_left(self) -> bool:
+        """Whether no engine lives or comes back; `dead` then says so."""
+        if not self.alive and not self._returning:
+            self.dead.set()
+        return self.dead.is_set()
 
     async def _restart(self, number: int) -> EngineClient | None:
         """A new engine with its model loaded; None if it fails."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from ..family import FamilyTraits
 from ..loading import default_sampling, read_config
 from ..machine import choose_device, choose_dtype, device_name
 from ..messages import ModelInfo
+from ..models.source import resolve_model
 from ..models.weights import WeightFiles
 from .core import LoadedCanvas
 from .discriminator import Discriminator
@@ -32,7 +32,7 @@ def load_canvas(config: EngineConfig) -> LoadedCanvas:
     """Read the checkpoint, and the discriminator where there is one. Raises ModelError or ConfigError."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = Path(config.model)
+    folder = resolve_model(config.model)
     raw, generation = read_config(folder)
     shape = canvas_from_config({**raw, **_ends(generation)}, config.mask_id, config.stop_ids)
     _refuse_what_does_not_apply(config, shape)
@@ -99,7 +99,7 @@ def _refuse_what_does_not_apply(config: EngineConfig, shape: CanvasShape) -> Non
     """Raise ConfigError for settings of the other lane, instead of ignoring them, and for those that cannot fit."""
     foreign = {
         "quantization": config.quantization != "none",
-        "attention": config.attention == "triton",
+        "attention": config.attention in ("triton", "flash"),
         "numerics": config.numerics != "fast",
         "block_size": config.block_size is not None,
         "kv_memory": config.kv_memory is not None,

@@ -70,6 +70,7 @@ class Scene:
             limit=zeros + window,
             step=zeros + self.step,
             block=zeros + window,
+            window=zeros + window,
             canvas=zeros,
             tokens=self.tokens.int(),
             decided=self.tokens != self.mask,
@@ -89,7 +90,7 @@ class Scene:
         view = self.view()
         statistics = self._statistics(view, self.logits)
         if self.strategy.biased:
-            bias = self.strategy.bias(view, statistics)
+            bias = self.strategy.bias(view, statistics, self.traits)
             statistics = self._statistics(view, self.logits.clone().scatter_add_(2, bias.ids, bias.values))
         decision = guard(view, statistics, self.strategy.decide(view, statistics, self.traits))
         for taken in (decision.commit, decision.overwrite):

@@ -75,8 +75,9 @@ def conformance(folder: Path, device: str = "cpu", size: int = 1) -> int:
 
 def _run_parallel(folder: Path, device: str, size: int) -> list[Result] | None:
     config = EngineConfig(model=str(folder), device=device, tensor_parallel_size=size)
-    crew = Crew(size, choose_device(config), _follow, folder, device)
+    crew = Crew(size)
     try:
+        crew.start(choose_device(config, crew.devices), _follow, folder, device)
         return run_fixture(folder, device, crew.ranks)
     finally:
         crew.close()

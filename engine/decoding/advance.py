@@ -28,6 +28,7 @@ def row_view(state: RowState, slots: Tensor, window: int) -> RowView:
         limit=state.limit[slots],
         step=state.step[slots],
         block=state.block[slots],
+        window=state.window[slots],
         canvas=state.canvas[slots],
         tokens=state.tokens[slots[:, None], places],
         decided=state.decided[slots[:, None], places],

@@ -68,6 +68,8 @@ def default_strategy(traits: FamilyTraits) -> str:
         return "autoregressive"
     if traits.in_block == "causal":
         return "reorder"
+    if traits.edit_ids is not None:
+        return "levenshtein"
     return "verify" if traits.context == "token-causal" else "threshold"
 
 

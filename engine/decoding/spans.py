@@ -100,7 +100,7 @@ def plan_canvas(view: RowView, traits: FamilyTraits) -> Span:
     seeding = torch.zeros_like(view.fresh)
     if traits.logit_source == "previous":
         seeding = refresh & cached & undecided[:, 0]
-    end = torch.where(view.chosen("cache", "dual"), torch.minimum(view.start + view.block, view.limit), view.canvas)
+    end = torch.where(view.chosen("cache", "dual"), torch.minimum(view.start + view.window, view.limit), view.canvas)
     return Span(
         run_start=torch.where(refresh, 0, view.start),
         run_end=torch.where(refresh, view.canvas, end),
@@ -108,6 +108,22 @@ def plan_canvas(view: RowView, traits: FamilyTraits) -> Span:
         targets=torch.where(seeding[:, None], view.offsets == 0, undecided),
         seeding=seeding,
         opening=torch.zeros_like(undecided),
+    )
+
+
+def plan_blocks(view: RowView, begun: Tensor) -> Span:
+    """Block-causal families: clean positions without K/V, and the blocks behind them that are begun, in one forward.
+
+    No block sees a later one, and a block's K/V is final from the forward on that runs it once it and all before it
+    are full. begun: [rows, W] bool, the first block or several.
+    """
+    return Span(
+        run_start=view.final_len,
+        run_end=view.start + (begun & view.inside).sum(dim=1).int(),
+        clean_end=view.start,
+        targets=view.masked & begun,
+        seeding=torch.zeros_like(view.fresh),
+        opening=torch.zeros_like(begun),
     )
 
 

@@ -51,6 +51,7 @@ class Strategy:
     refeeds: (frontier) the last token is fed again, since its row predicts the next one.
     asks_all: rows may want statistics of decided positions of the block, too. biased: it changes logits before they are
         looked at.
+    edits: it carries out the ids that delete and insert (`FamilyTraits.edit_ids`); rows of others never say them.
     branches: its draft segments hold tokens, and statistics of all of them are wanted. Those of a frontier are causal
         and clean like its span; others see all of themselves.
     reference: keep the rules of progress of the authors' code where ours differ.
@@ -63,6 +64,7 @@ class Strategy:
     refeeds: ClassVar[bool] = False
     asks_all: ClassVar[bool] = False
     biased: ClassVar[bool] = False
+    edits: ClassVar[bool] = False
     branches: ClassVar[bool] = False
 
     def __init__(self, reference: bool = False, equipment: Equipment | None = None) -> None:
@@ -88,6 +90,10 @@ class Strategy:
         """Positions from a row's `start` on that a step looks at."""
         raise NotImplementedError
 
+    def block(self, values: Values, traits: FamilyTraits) -> int:
+        """Positions of a block, of which the window holds one or several."""
+        return self.window(values, traits)
+
     def first_feed(self, values: Values, traits: FamilyTraits) -> int:
         """(frontier) Rows that a sequence's first step runs from its frontier on."""
         return self.window(values, traits)
@@ -99,7 +105,7 @@ class Strategy:
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
         raise NotImplementedError
 
-    def bias(self, view: RowView, statistics: WindowStatistics) -> LogitBias:
+    def bias(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> LogitBias:
         """(biased) What to add to the logits, given the statistics without it; `decide` sees those with it."""
         raise NotImplementedError
 
@@ -213,6 +219,9 @@ class GridStrategy(Strategy):
             }
         elif traits.final_by_token:
             # Decided tokens are final as soon as all before them are: nothing is stale.
+            changes["sub_block_cache"] = None
+        elif traits.routes_blocks:
+            # Which experts a block has depends on all of it.
             changes["sub_block_cache"] = None
         if traits.context != "full" or traits.logit_source != "own":
             # As dInfer has it: a mask mixes in what its own row says, and no K/V but the canvas's comes of it.

@@ -14,6 +14,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "Fast-dLLM v2": {"model_type": "fast_dllm_qwen"},
     "SDAR, TraDo": {"model_type": "sdar"},
     "LLaDA2": {"model_type": "llada2_moe"},
+    "LLaDA2.2": {
+        "model_type": "llada2_moe",
+        "expert_capacity": 48,
+        "delete_token_id": 156930,
+        "split_token_id": 156931,
+    },
     "Stable-DiffCoder": {"model_type": "llama", "architectures": ["StableDiffCoder"], "mask_token_id": 5},
     "LLaDA, LLaDA-MoE": {"model_type": "llada"},
     "Dream": {"model_type": "dream"},

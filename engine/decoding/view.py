@@ -16,8 +16,9 @@ from .columns import Parameters
 class RowView:
     """The rows of one strategy; window tensors cover positions start .. start + W - 1.
 
-    slots: [rows] int64. start, final_len, prompt_len, limit, step: [rows] int32 (see RowState). block: [rows] int32,
-    positions of a row's block; canvas: [rows] int32, where a full-attention row's sequence ends, 0 elsewhere.
+    slots: [rows] int64. start, final_len, prompt_len, limit, step: [rows] int32 (see RowState). block, window: [rows]
+    int32, positions of a row's block, and of the blocks that it looks at; canvas: [rows] int32, where a full-attention
+    row's sequence ends, 0 elsewhere.
     tokens: [rows, W] int32; decided: [rows, W] bool. fresh: [rows] bool. drafts: [rows] int32, how many of the window's
     tokens are drafts; draft_confidence: [rows, MAX_DRAFT] float32; row_cost: [rows] float32. sampled: [rows] bool,
     whether tokens are drawn, with noise that differs from step to step. parameters: name -> [rows]. memory: name ->
@@ -31,6 +32,7 @@ class RowView:
     limit: Tensor
     step: Tensor
     block: Tensor
+    window: Tensor
     canvas: Tensor
     tokens: Tensor
     decided: Tensor
@@ -60,19 +62,20 @@ class RowView:
 
     @cached_property
     def inside(self) -> Tensor:
-        """[rows, W] bool, positions of the row's own block: windows of a batch are as wide as its widest, and the last
-        block of a full-attention canvas ends with it."""
-        within = self.offsets < self.block[:, None]
-        return within & ((self.canvas == 0)[:, None] | (self.places < self.limit[:, None]))
+        """[rows, W] bool, positions of the row's own blocks: windows of a batch are as wide as its widest. The last
+        block of a text is whole, but that of a full-attention canvas ends with it."""
+        within = self.offsets < self.window[:, None]
+        block = self.start[:, None] + self.offsets // self.block[:, None] * self.block[:, None]
+        return within & (torch.where((self.canvas > 0)[:, None], self.places, block) < self.limit[:, None])
 
     @cached_property
     def generated(self) -> Tensor:
-        """[rows, W] bool, positions of the block behind the prompt."""
+        """[rows, W] bool, positions of the blocks behind the prompt."""
         return self.inside & (self.places >= self.prompt_len[:, None])
 
     @cached_property
     def masked(self) -> Tensor:
-        """[rows, W] bool, undecided positions of the block."""
+        """[rows, W] bool, undecided positions of the blocks."""
         return self.inside & ~self.decided
 
     def chosen(self, name: str, value: str) -> Tensor:

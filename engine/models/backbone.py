@@ -88,13 +88,16 @@ def backbone_from_config(config: dict[str, Any]) -> Backbone:
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         head_dim = int(config.get("head_dim") or hidden // heads)
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        if heads % kv_heads:
+            raise ModelError(f"{heads} attention heads cannot share {kv_heads} key-value heads evenly")
         attention_bias = bool(config.get("attention_bias", config.get("use_qkv_bias", False)))
         partial = float(rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0)
         return Backbone(
             layers=int(config["num_hidden_layers"]),
             hidden=hidden,
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
+            kv_heads=kv_heads,
             head_dim=head_dim,
             intermediate=_dense_intermediate(kind, config),
             vocab=int(config["vocab_size"]),

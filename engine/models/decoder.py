@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linocut.kernels.attention import AttentionLayout, staircase_attention
+from linocut.kernels.attention_flash import FlashAttention
 from linocut.kernels.backend import Backend
 from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
 from linocut.kernels.rope import rope_and_cache_write, rope_table
@@ -22,7 +23,8 @@ from ..parallel.vocabulary import VocabShare
 from .adapter import MASK_EMBEDDING, Adapter, Gate, WeightsInParts, read_adapter
 from .backbone import Backbone
 from .draft_head import read_draft_head
-from .linear import pack_linear
+from .few_rows import FewRowsLinear, has_few_rows_kernel
+from .linear import DenseLinear, pack_linear
 from .moe import MoeMlp
 from .names import NamedWeights
 
@@ -85,20 +87,19 @@ class Decoder:
         device: torch.device,
         quantization: Literal["none", "int8"],
         backend: Backend,
+        flash: FlashAttention | None = None,
         adapter_rank: int = 0,
         mask_id: int | None = None,
         draft_head: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.backbone, self.fused_norm, self.backend = backbone, fused_norm, backend
+        self.backbone, self.fused_norm, self.backend, self.flash = backbone, fused_norm, backend, flash
         self.dtype, self.device = dtype, device
         self.ranks, self.share = ranks, VocabShare(backbone.vocab, ranks)
         self.part = part_of(backbone, ranks.size)
         b = backbone
         q_size, kv_size = b.heads * b.head_dim, b.kv_heads * b.head_dim
         self.scale = b.head_dim**-0.5
-        if b.heads % b.kv_heads:
-            raise ModelError(f"{b.heads} attention heads cannot share {b.kv_heads} key-value heads evenly")
         try:
             precision = torch.float32 if b.rope_float32 else dtype
             self.rope = rope_table(
@@ -119,7 +120,13 @@ class Decoder:
         tied = b.tied_head or "lm_head.weight" not in parts
         head = self.embedding if tied else parts.get("lm_head.weight", (b.vocab, b.hidden))
         # The head stays exact also under int8: its argmax is the product.
-        self.head = pack_linear(head, None, "none")
+        few_rows = backend == "triton" and has_few_rows_kernel(device)
+
+        def pack(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"]) -> Linear:
+            packed = pack_linear(weight, bias, mode)
+            return FewRowsLinear.over(packed) if few_rows and isinstance(packed, DenseLinear) else packed
+
+        self.head = pack(head, None, "none")
         self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share) if draft_head else None
         self.mask_id = mask_id
         self.mask_embedding = parts.get(MASK_EMBEDDING, (b.hidden,)) if adapter_rank else None
@@ -127,7 +134,7 @@ class Decoder:
         def linear(names: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
             weight = torch.cat([parts.get(f"{name}.weight", (rows, inputs)) for name, rows in names])
             biases = [parts.get(f"{name}.bias", (rows,)) for name, rows in names] if bias else None
-            return pack_linear(weight, torch.cat(biases) if biases else None, quantization)
+            return pack(weight, torch.cat(biases) if biases else None, quantization)
 
         def projection(at: str, names: list[tuple[str, int]], inputs: int, bias: bool) -> Projection:
             base, outputs = linear(names, inputs, bias), sum(rows for _, rows in names)
@@ -191,7 +198,7 @@ class Decoder:
             q = rope_and_cache_write(q, k, v, self.rope, positions, slots, keys, values, backend=self.backend)
             if self.query_scale is not None:
                 q = q * self.query_scale.index_select(0, positions)
-            attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend)
+            attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend, flash=self.flash)
             attended = attended.reshape(attended.shape[0], -1)
             x = self.ranks.sum(_project(layer.output, attended, gate))
             x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import ModelError
+from ..family import PUBLISHED_BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Experts:
     score: what the router makes of its logits. expert_bias: "choice" is added to the scores for choosing only (LLaDA2),
         "weight" to the scores themselves (LLaDA-MoE). groups, active_groups: experts are chosen among those of the best
         groups. normalise: the weights of a token's experts sum to one; scale: and are multiplied by this.
+    capacity: experts that the tokens of an aligned block of `block` positions share; each token chooses among them
+        (LLaDA2.2). 0: a token chooses for itself.
     dense: layers with an ordinary MLP.
     """
 
@@ -30,6 +33,8 @@ class Experts:
     active_groups: int = 1
     normalise: bool = True
     scale: float = 1.0
+    capacity: int = 0
+    block: int = 1
     dense: frozenset[int] = frozenset()
 
     def at(self, layer: int) -> bool:
@@ -53,7 +58,11 @@ def experts_from_config(kind: str, config: dict[str, Any]) -> Experts | None:
         config.get("moe_shared_expert_intermediate_size") or intermediate
     )
     if kind == "llada2":
+        capacity = int(config.get("expert_capacity") or 0)
         groups, kept = int(config.get("n_group") or 1), int(config.get("topk_group") or 1)
+        if capacity:
+            # LLaDA2.2's config.json still names groups; its own code no longer looks at them.
+            groups = kept = 1
         score = config.get("score_function", "sigmoid")
         if score not in ("sigmoid", "softmax"):
             raise ModelError(f"score_function {score!r} is not supported (sigmoid and softmax are)")
@@ -61,8 +70,8 @@ def experts_from_config(kind: str, config: dict[str, Any]) -> Experts | None:
             raise ModelError(
                 f"n_group {groups} and topk_group {kept} do not fit {count} experts, {active} of them active"
             )
-        if config.get("expert_capacity"):
-            raise ModelError("expert_capacity (LLaDA2.2's routing by blocks) is not supported")
+        if capacity and not active <= capacity <= count:
+            raise ModelError(f"expert_capacity {capacity} is not between num_experts_per_tok {active} and {count}")
         return Experts(
             count,
             active,
@@ -74,6 +83,8 @@ def experts_from_config(kind: str, config: dict[str, Any]) -> Experts | None:
             active_groups=kept,
             normalise=bool(config.get("norm_topk_prob", True)),
             scale=float(config.get("routed_scaling_factor", 1.0)),
+            capacity=capacity,
+            block=int(config.get("block_size") or PUBLISHED_BLOCK_SIZE["llada2"]) if capacity else 1,
             dense=frozenset(range(int(config.get("first_k_dense_replace") or 0))),
         )
     if kind == "olmoe":

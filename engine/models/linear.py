@@ -67,11 +67,11 @@ class DenseLinear:
     def stacked(cls, above: DenseLinear, below: Tensor) -> DenseLinear:
         """One product for two: the outputs of `above`, then those of the matrix `below` ([rows, in], no bias)."""
         bias = None if above._bias is None else pad(above._bias, (0, below.shape[0]))
-        return cls(torch.cat([above._weight, below]), bias)
+        return type(above)(torch.cat([above._weight, below]), bias)
 
     def first(self, rows: int) -> DenseLinear:
         """The first `rows` outputs alone; shares the weights."""
-        return DenseLinear(self._weight[:rows], None if self._bias is None else self._bias[:rows])
+        return type(self)(self._weight[:rows], None if self._bias is None else self._bias[:rows])
 
 
 class HalfLinear:

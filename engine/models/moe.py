@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linocut.kernels.backend import Backend
+from linocut.kernels.experts import mix_experts
 from linocut.kernels.norm import silu_and_mul
 
 from .adapter import Weights
@@ -22,7 +23,8 @@ Linear = Callable[[Tensor], Tensor]
 class MoeMlp:
     """down(silu(gate(x)) * up(x)) of each token's experts, weighted and summed in float32, plus the shared experts.
 
-    On the CPU a token's result is its own, bit for bit, wherever `pack_linear` says so of a row (float32 and int8).
+    On the CPU a token's result is its own, bit for bit, wherever `pack_linear` says so of a row (float32 and int8), or
+    that of its block where experts are chosen by blocks.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class MoeMlp:
         self._backend = backend
         gate = weights.get(f"{at}gate.weight", (config.count, hidden)).float()
         bias = weights.get(f"{at}gate.expert_bias", (config.count,)).float() if config.expert_bias != "none" else None
-        self.router = Router(pack_linear(gate, None, "none"), bias, config)
+        self.router = Router(pack_linear(gate, None, "none"), bias, config, backend)
 
         def gate_up(name: str, width: int) -> Tensor:
             return torch.cat([weights.get(f"{at}{name}{part}_proj.weight", (width, hidden)) for part in ("gate", "up")])
@@ -97,48 +99,12 @@ class PackedExperts:
 
 
 class GroupedExperts:
-    """For the GPU: tokens sorted by expert, then one grouped product for all. Shapes are those of the batch, and
-    nothing waits for the device, so that a CUDA graph can hold it."""
+    """For the GPU: tokens sorted by expert, then grouped products for all."""
 
     def __init__(self, ups: Tensor, downs: Tensor, backend: Backend) -> None:
         """ups: [experts, 2 * intermediate, hidden], gate before up; downs: [experts, hidden, intermediate]."""
-        # [experts, in, out], column-major in the last two, as the grouped product takes them.
-        self._ups, self._downs, self._backend = ups.transpose(1, 2), downs.transpose(1, 2), backend
-        self._fused = _has_grouped_product(ups) and _has_grouped_product(downs)
+        self._ups, self._downs, self._backend = ups, downs, backend
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """x: [tokens, hidden]; experts, weights: [tokens, active]. Returns [tokens, hidden] float32."""
-        tokens, active = experts.shape
-        flat = experts.flatten()
-        order = torch.sort(flat, stable=True).indices
-        counts = torch.zeros(self._ups.shape[0], dtype=torch.int32, device=x.device)
-        counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-        ends = counts.cumsum(0, dtype=torch.int32)  # where each expert's rows end
-        h = self._product(x[order // active], self._ups, ends)
-        y = self._product(silu_and_mul(h, backend=self._backend), self._downs, ends)
-        placed = torch.empty_like(y).index_copy_(0, order, y).view(tokens, active, -1)
-        return (placed.float() * weights[..., None]).sum(1)
-
-    def _product(self, rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-        """rows [n, in], sorted by expert, times matrices [experts, in, out]."""
-        if self._fused:
-            y: Tensor = torch._grouped_mm(rows, matrices, offs=ends)
-            return y
-        # Right, and slow: every expert over all rows.
-        index = torch.arange(rows.shape[0], device=rows.device)
-        first = torch.cat([ends.new_zeros(1), ends[:-1]])
-        y = rows.new_zeros((rows.shape[0], matrices.shape[2]))
-        for expert in range(matrices.shape[0]):
-            mine = (index >= first[expert]) & (index < ends[expert])
-            y = torch.where(mine[:, None], rows @ matrices[expert], y)
-        return y
-
-
-def _has_grouped_product(weight: Tensor) -> bool:
-    """Whether torch's grouped product takes `weight` without waiting for the device.
-
-    That is bfloat16 from Hopper on, rows a multiple of 16 bytes; on older GPUs torch reads the groups' sizes.
-    """
-    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16 or any(n % 8 for n in weight.shape[1:]):
-        return False
-    return hasattr(torch, "_grouped_mm") and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+        """x: [tokens, hidden]; experts, weights: [tokens, active]. Returns [tokens, hidden] in x's dtype."""
+        return mix_experts(x, self._ups, self._downs, experts, weights, backend=self._backend)

@@ -20,8 +20,9 @@ _FOREIGN_WEIGHTS = {".gguf": "GGUF", ".bin": "PyTorch pickle", ".pt": "PyTorch p
 def resolve_model(name: str | None) -> Path:
     """The folder of config.json, tokenizer and safetensors weights that `name` stands for.
 
-    None is the embedded model, made on first use, and "smollm2-135m-instruct" the autoregressive original it was made
-    from. A path that exists is taken before that name, or a hub id, of the same spelling.
+    None or "smollm2-135m-linocut" is the embedded model, made on first use, and "smollm2-135m-instruct" the
+    autoregressive original it was made from. A path that exists is taken before a name, or a hub id, of the same
+    spelling.
     A hub id "org/name" is fetched into Hugging Face's own cache, or found there; HF_HUB_OFFLINE, HF_HOME and HF_TOKEN
     are honoured. A local folder without any weights passes: its shape can be served with random ones.
     Raises ModelError, in one sentence, for anything else.
@@ -34,8 +35,8 @@ def resolve_model(name: str | None) -> Path:
         return path
     if path.is_file():
         raise ModelError(f"{name} is a file: name the folder that holds config.json and *.safetensors")
-    if name == embedded.ORIGINAL:
-        return embedded.ensure(adapted=False)
+    if name in (embedded.ADAPTED, embedded.ORIGINAL):
+        return embedded.ensure(adapted=name == embedded.ADAPTED)
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"{name!r} is neither an existing folder nor a Hugging Face id like 'org/name' nor {embedded.ORIGINAL!r}"

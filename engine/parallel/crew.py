@@ -15,13 +15,14 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
+from .process import Process
 from .ranks import Ranks
 
 log = logging.getLogger("linocut.engine")
@@ -37,37 +38,64 @@ Work = Callable[..., None]
 
 
 class Crew:
-    """Ranks 1 and up of `size`, each a process that runs `work(ranks, *args)`, and this process's own `ranks`.
+    """Ranks 1 and up of `size`, each a process of this host, and this process's own `ranks`, valid after `start`.
 
-    device: rank 0's; on a GPU, the others take those behind it. Processes of one host end together: when one dies,
-    those that are left exit with status 70 within three seconds, whatever they wait for.
+    They end together: when one dies, those that are left exit with status 70 within three seconds, whatever they wait
+    for. `RayCrew` has them elsewhere.
     """
 
-    def __init__(self, size: int, device: torch.device, work: Work, *args: Any) -> None:
+    ranks: Ranks
+
+    def __init__(self, size: int) -> None:
+        self.size = size
         # Private, so that nobody else can join.
         self._folder = tempfile.TemporaryDirectory(prefix="linocut-")
-        meeting = Path(self._folder.name) / "meeting"
-        self._members = self.start(size, meeting, device, work, args)
+        self._members: list[Process] = []
+        self._dismiss: Callable[[], None] | None = None
         self._closing = threading.Event()
         self._lost = False
+
+    def start(self, device: torch.device, work: Work, *args: Any, dismiss: Callable[[], None] | None = None) -> None:
+        """Have each of the others run `work(ranks, *args)`, and meet them.
+
+        device: rank 0's. dismiss: tells the others to end; None: their work ends by itself.
+        """
+        self._dismiss = dismiss
+        self._members = [self.begin(rank, device, work, args) for rank in range(1, self.size)]
         threading.Thread(target=self._watch, name="linocut-crew", daemon=True).start()
         atexit.register(self.close)
-        self.ranks = join(0, size, meeting, device)
+        self.ranks = self.join(device)
 
-    def start(
-        self, size: int, meeting: Path, device: torch.device, work: Work, args: tuple[Any, ...]
-    ) -> list[BaseProcess]:
-        """The processes of ranks 1 and up, started."""
-        context = multiprocessing.get_context("spawn")
-        members: list[BaseProcess] = []
-        for rank in range(1, size):
-            given = (rank, size, meeting, str(device), work, args)
-            members.append(context.Process(target=_serve, args=given, name=f"linocut-rank-{rank}", daemon=True))
-            members[-1].start()
-        return members
+    # ------------------------------------------------------------------ where they are
 
-    def dismiss(self) -> None:
-        """Tell the others to end; here, their work ends by itself."""
+    @property
+    def devices(self) -> int:
+        """How many GPUs this process has to see."""
+        return self.size
+
+    def endpoint(self, name: str) -> str:
+        """Where this process may bind a ZeroMQ socket that the others connect to."""
+        return f"ipc://{Path(self._folder.name) / name}"
+
+    def begin(self, rank: int, device: torch.device, work: Work, args: tuple[Any, ...]) -> Process:
+        """The process of a further rank, started. On GPUs it takes the one that is `rank` behind rank 0's."""
+        mine = torch.device("cuda", device.index + rank) if device.type == "cuda" else device
+        given = (rank, self.size, self._meeting, str(mine), work, args)
+        process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=given, name=f"linocut-rank-{rank}", daemon=True
+        )
+        process.start()
+        return process
+
+    def join(self, device: torch.device) -> Ranks:
+        """Become rank 0."""
+        return join(0, self.size, self._meeting, device)
+
+    @property
+    def _meeting(self) -> Path:
+        return Path(self._folder.name) / "meeting"
+
+    # ------------------------------------------------------------------ their end
 
     def close(self) -> None:
         """End the others, and leave the group. A second call does nothing."""
@@ -76,7 +104,8 @@ class Crew:
         self._closing.set()
         atexit.unregister(self.close)
         if not self._lost:
-            self.dismiss()
+            if self._dismiss is not None:
+                self._dismiss()
             if dist.is_initialized():
                 dist.destroy_process_group()
         deadline = time.monotonic() + (0.0 if self._lost else FAREWELL)
@@ -108,25 +137,30 @@ class Crew:
 
 
 def join(rank: int, size: int, meeting: Path, device: torch.device) -> Ranks:
-    """Become `rank` of the group that meets in the file `meeting`. Returns when all are there."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
+    """Become `rank` of the group of this host that meets in the file `meeting`. Returns when all are there."""
+    if device.type == "cpu":
         # All share the host's cores.
         torch.set_num_threads(max(torch.get_num_threads() // size, 1))
     names = [name for _, name in socket.if_nameindex()]
-    for loopback in ("lo", "lo0"):
-        if loopback in names:
-            # Else gloo looks the host's name up, which need not lead anywhere.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    loopback = next((name for name in ("lo", "lo0") if name in names), None)
+    return enter(rank, size, FileStore(str(meeting), size), device, loopback)
+
+
+def enter(rank: int, size: int, store: Store, device: torch.device, interface: str | None) -> Ranks:
+    """Become `rank` of the group that meets in `store`, over a network interface. Returns when all are there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if interface is not None:
+        # Else gloo looks the host's name up, which need not lead anywhere.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(str(meeting), size),  # type: ignore[attr-defined]
+        store=store,
         rank=rank,
         world_size=size,
         device_id=device if device.type == "cuda" else None,
     )
-    return Ranks(rank, size)
+    return Ranks(rank, size, device)
 
 
 def _serve(rank: int, size: int, meeting: Path, device: str, work: Work, args: tuple[Any, ...]) -> None:
@@ -135,12 +169,15 @@ def _serve(rank: int, size: int, meeting: Path, device: str, work: Work, args: t
     # Whoever interrupts a whole group of processes leaves it to rank 0 to end this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    do(lambda: join(rank, size, meeting, torch.device(device)), work, args)
+
+
+def do(join: Callable[[], Ranks], work: Work, args: tuple[Any, ...]) -> None:
+    """A further rank's life: join, work, leave. A failure ends the process."""
     # What rank 0 says of the model is said once.
     logging.getLogger("linocut").setLevel(logging.ERROR)
     try:
-        first = torch.device(device)
-        mine = torch.device("cuda", first.index + rank) if first.type == "cuda" else first
-        work(join(rank, size, meeting, mine), *args)
+        work(join(), *args)
         dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()

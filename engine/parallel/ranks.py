@@ -11,14 +11,14 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 
 class Ranks:
-    """This process is `rank` of `size`, of torch.distributed's default group.
+    """This process is `rank` of `size`, of torch.distributed's default group, with a device of its own.
 
     Every rank calls the same methods in the same order, and all get the same bits back. A rank that is alone gets its
-    own.
+    own, and has no device yet.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.size, self.device = rank, size, device
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks, contiguous; in the place of `x` where that is."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from plain_llada22 import llada22
 
 from .conftest import Server, start, stop
 
@@ -23,9 +24,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
     def client(name: str) -> openai.OpenAI:
         if name not in running:
-            log = tmp_path_factory.mktemp("log") / name
+            folder = tmp_path_factory.mktemp(name)
+            if name == "llada22":
+                llada22(folder / "model")
+            model = folder / "model" if name == "llada22" else GOLDEN / name
             options = ["--dtype", "float32", "--device", "cpu", "--mask-id", "311", "--max-model-len", "512"]
-            running[name] = start([str(GOLDEN / name), *options], log)
+            running[name] = start([str(model), *options], folder / "log")
         return openai.OpenAI(base_url=f"{running[name].url}/v1", api_key="none", max_retries=0, timeout=60)
 
     yield client
@@ -88,7 +92,11 @@ def test_a_canvas_has_its_own_length_where_none_is_asked_for(served: Served) -> 
 @pytest.mark.parametrize(
     ("name", "strategies"),
     [
-        ("llada2", ["threshold", "static", "edit", "credit", "hierarchical", "freedave", "entropy", "factor"]),
+        (
+            "llada2",
+            ["threshold", "static", "edit", "credit", "hierarchical", "freedave", "entropy", "factor", "pipeline"],
+        ),
+        ("llada22", ["levenshtein", "threshold", "edit", "freedave", "pipeline"]),
         ("wedlm", ["reorder", "autoregressive", "jacobi"]),
         ("dream", ["threshold", "entropy_bound", "hierarchical", "static"]),
     ],
@@ -115,6 +123,9 @@ def test_strategies_are_chosen_by_name_and_share_a_server(served: Served, name: 
         ("llada", {"strategy": "learned"}, "diffusion.strategy"),
         ("llada", {"block_length": 257}, "diffusion.block_length"),
         ("llada2", {"block_length": 8}, "diffusion.block_length"),
+        ("llada2", {"strategy": "levenshtein"}, "diffusion.strategy"),
+        ("llada22", {"strategy": "threshold", "sub_block_cache": True}, "diffusion.sub_block_cache"),
+        ("llada22", {"step_cap": 1}, "diffusion.step_cap"),
         ("llada2", {"strategy": "edit", "edit_threshold": 1.5}, "diffusion.edit_threshold"),
         ("dream", {"cache": "sometimes"}, "diffusion.cache"),
     ],

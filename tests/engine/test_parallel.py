@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from converted import converted_folder
+from plain_llada22 import llada22
 from rank_pair import RankPair, golden_results, some_cases, texts
 
 from linocut.engine.parallel.ranks import ALONE
@@ -59,6 +60,14 @@ def test_two_ranks_share_a_gated_model_and_its_draft_head(
     alone = texts(ALONE, "causal", EXTRA["converted"], model)
     assert len({tuple(tokens) for tokens, _ in alone.values()}) > 3, "texts to compare"
     assert pair.run(texts, "causal", EXTRA["converted"], model) == alone
+
+
+def test_two_ranks_choose_the_same_experts_for_a_block(pair: RankPair, tmp_path: Path) -> None:
+    llada22(tmp_path)
+    extra = {"levenshtein": [{"threshold": 0.3, "edit_threshold": 0.1}]}
+    alone = texts(ALONE, "llada2", extra, {"model": str(tmp_path)})
+    assert len({tuple(tokens) for tokens, _ in alone.values()}) > 3, "texts to compare"
+    assert pair.run(texts, "llada2", extra, {"model": str(tmp_path)}) == alone
 
 
 @pytest.mark.parametrize("family", GOLDEN)

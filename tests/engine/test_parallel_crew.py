@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -25,8 +26,8 @@ from linocut.engine.geometry import Geometry
 from linocut.engine.llm import LLM
 from linocut.engine.machine import choose_device, is_out_of_memory
 from linocut.engine.messages import Shutdown
-from linocut.engine.parallel.core import ParallelCore
-from linocut.engine.parallel.ranks import Ranks
+from linocut.engine.parallel.core import ParallelCore, follow
+from linocut.engine.parallel.crew import Crew
 from linocut.engine.params import DecodingParams, SamplingParams
 from linocut.engine.plan import Admission, PageGrant, RowPlan, StepPlan
 
@@ -130,17 +131,18 @@ def test_a_failed_forward_is_the_end_and_never_tried_again() -> None:
 
     class Told:
         def __init__(self) -> None:
-            self.ranks, self.plans = Ranks(0, 2), list[StepPlan]()
+            self.plans = list[StepPlan]()
 
         def send(self, plan: StepPlan) -> None:
             self.plans.append(plan)
 
     core: Any = object.__new__(ParallelCore)
-    core.runner, core._crew = Runner(), Told()
+    core.runner, core._crew = Runner(), Crew(2)
+    core._plans = told = Told()
     with pytest.raises(EngineDead, match="out of memory") as caught:
         core.launch(StepPlan())
     assert not is_out_of_memory(caught.value)
-    assert len(core._crew.plans) == 1
+    assert len(told.plans) == 1
 
 
 def test_a_plan_arrives_as_it_was_sent() -> None:
@@ -167,7 +169,21 @@ def test_a_model_that_cannot_be_split_is_refused_before_anything_starts() -> Non
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    config = EngineConfig(model="", device="cuda:1", tensor_parallel_size=3)
-    assert [str(choose_device(config, rank)) for rank in range(3)] == ["cuda:1", "cuda:2", "cuda:3"]
+    begun: list[str] = []
+
+    class Unbegun:
+        """A process that is not started."""
+
+        def __init__(self, target: object, args: tuple[Any, ...], name: str, daemon: bool) -> None:
+            begun.append(args[3])
+
+        def start(self) -> None: ...
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Unbegun)
+    config, crew = EngineConfig(model="", device="cuda:1", tensor_parallel_size=3), Crew(3)
+    first = choose_device(config, crew.devices)
+    for rank in (1, 2):
+        crew.begin(rank, first, follow, ())
+    assert [str(first), *begun] == ["cuda:1", "cuda:2", "cuda:3"]
     with pytest.raises(ConfigError, match="from cuda:2 on needs 5 GPUs; torch sees 4"):
-        choose_device(msgspec.structs.replace(config, device="cuda:2"))
+        choose_device(msgspec.structs.replace(config, device="cuda:2"), crew.devices)

@@ -151,7 +151,14 @@ def test_a_shifted_canvas_is_filled(cache: str) -> None:
 @pytest.mark.parametrize(
     ("family", "more", "name"),
     [
-        ("sdar", {}, "strategy"),
+        ("fast_dllm_v2", {}, "strategy"),
+        ("causal", {}, "strategy"),
+        ("wedlm", {}, "strategy"),
+        ("sdar", {"block_length": 4}, "block_length"),
+        ("sdar", {"sub_block_size": 2}, "sub_block_size"),
+        ("sdar", {"sub_block_cache": True}, "sub_block_cache"),
+        ("sdar", {"halt": "linear"}, "halt"),
+        ("sdar", {"blocks": 5}, "blocks"),
         ("llada", {"blocks": 5}, "blocks"),
         ("llada", {"block_length": 65}, "block_length"),
         ("llada", {"begin": 1.5}, "begin"),

@@ -338,6 +338,28 @@ def test_it_does_not_outlive_its_parent(tmp_path: Path, when: str) -> None:
             orphan.kill()
 
 
+def test_a_connection_that_was_lost_is_not_made_again() -> None:
+    """What was under way in it is lost, and nobody could tell which tokens are missing."""
+    client = Client(tcp)
+    try:
+        client.ready()
+        endpoint = client.inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+        client.inbox.close(linger=0)
+        client.inbox = client._context.socket(zmq.PULL)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                client.inbox.bind(endpoint)
+                break
+            except zmq.ZMQError:  # it is being closed
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        assert not client.inbox.poll(3000), "it goes on as if nothing had been lost"
+        assert client.process.is_alive()
+    finally:
+        client.close()
+
+
 PARENT = textwrap.dedent("""
     import multiprocessing, sys, time
     import zmq

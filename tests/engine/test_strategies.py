@@ -6,9 +6,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from replays import replaying
 from tiny_engines import GOLDEN, engine, prompt_of, request, run
+from torch.overrides import TorchFunctionMode
 
+from linocut.engine import runner
 from linocut.engine.core import EngineCore
 from linocut.engine.decoding.parameters import valid_names
 from linocut.engine.decoding.registry import offered, strategy_classes
@@ -77,8 +80,8 @@ def requests_of(core: EngineCore, family: str, strategy: str) -> list[AddRequest
 
 
 def test_every_strategy_is_tried_somewhere() -> None:
-    # `verify` and `learned` need a converted model and a filter: they have tests of their own.
-    assert {strategy for _, strategy in PAIRS} | {"verify", "learned"} == set(strategy_classes())
+    # `verify`, `learned` and `levenshtein` need a converted model, a filter, LLaDA2.2: they have tests of their own.
+    assert {strategy for _, strategy in PAIRS} | {"verify", "learned", "levenshtein"} == set(strategy_classes())
 
 
 @pytest.mark.parametrize(("family", "strategy"), PAIRS)
@@ -111,6 +114,19 @@ def test_a_text_is_the_same_where_steps_are_planned_ahead(family: str, strategy:
     assert replays.replays
 
 
+@pytest.mark.parametrize("strategy", ["threshold", "static", "pipeline"])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_no_forward_of_a_canvas_that_is_planned_ahead_is_for_nothing(family: str, strategy: str) -> None:
+    """Also where a block ends, and the next one has more to ask about than is left of this one."""
+    diffusion = {"strategy": strategy, "cache": "none", "block_length": 8}
+    forwards = []
+    for overlapping in (False, True):
+        core = engine(family)
+        core.overlapping = overlapping
+        forwards.append(run(core, [request(core, "a", prompt_of(9), 48, diffusion)])["a", 0].forwards)
+    assert forwards[0] == forwards[1]
+
+
 @pytest.mark.parametrize(("family", "strategy"), [pair for pair in PAIRS if pair[0] in ("sdar16", "llada2", "wedlm")])
 def test_a_preempted_row_goes_on_where_it_was(family: str, strategy: str) -> None:
     """What a strategy remembers of a row comes back with it."""
@@ -128,6 +144,61 @@ def test_a_preempted_row_goes_on_where_it_was(family: str, strategy: str) -> Non
     answers = run(core, asked, observe=disturb)
     assert {key: answer.text for key, answer in answers.items()} == expected
     assert core.stats().preemptions > before
+
+
+WAITING = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal"}
+WAITING |= {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "allclose"}
+
+
+class NoWaiting(TorchFunctionMode):
+    """Refuses what a GPU would have to finish its work for: values on the host, and shapes that follow from values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        assert name not in WAITING, f"{name} waits for the device"
+        if name in ("__getitem__", "__setitem__"):
+            chosen = args[1] if isinstance(args[1], tuple) else (args[1],)
+            masks = [i for i in chosen if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
+            assert not masks, f"{name} with a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("family", "strategy"), PAIRS)
+def test_nothing_that_a_strategy_does_waits_for_the_device(
+    family: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = core_of(family)
+    one, calls = core.runner.strategies[strategy], 0
+
+    def watched(method: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            with NoWaiting():
+                return method(*args)
+
+        return call
+
+    for name in ("plan", "bias", "decide"):
+        monkeypatch.setattr(one, name, watched(getattr(one, name)))
+    for name in ("guard", "advance", "row_view", "cap_span", "concat_spans", "build_batch"):
+        monkeypatch.setattr(runner, name, watched(getattr(runner, name)))
+    run(core, requests_of(core, family, strategy))
+    assert calls > 10
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy"), [pair for pair in PAIRS if pair[0] in ("sdar16", "fast_dllm_v2", "wedlm", "causal")]
+)
+def test_a_prompt_in_chunks_gives_the_same_text(family: str, strategy: str) -> None:
+    """Forwards of chunks alone ask about nothing, whatever the strategy looks at."""
+    core = core_of(family)
+    diffusion = wanted(family, strategy)[-1]
+    whole = run(core, [request(core, "a", prompt_of(150), 10, diffusion)])["a", 0]
+    small = engine(family, budget=64)
+    chunked = run(small, [request(small, "a", prompt_of(150), 10, diffusion)])["a", 0]
+    assert chunked.text == whole.text
+    assert chunked.forwards > whole.forwards
 
 
 @pytest.mark.parametrize("family", ["sdar", "sdar16", "fast_dllm_v2", "llada2"])

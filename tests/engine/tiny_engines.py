@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -39,6 +41,10 @@ FAMILIES = ("fast_dllm_v2", "sdar", "sdar16", "causal")
 BLOCK_FAMILIES = ("fast_dllm_v2", "sdar", "sdar16")
 # Random weights repeat nothing, so no draft would ever be right. With these ids preferred, some are.
 LIKELY = [41, 42, 43, 44, 105]
+# With --noconftest: tests/conftest.py has Triton interpret its kernels.
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a GPU, and --noconftest"
+)
 PAGE_BYTES = 2 * 3 * 2 * 16 * 4  # K and V, layers, heads, head size, float32: of a position
 
 

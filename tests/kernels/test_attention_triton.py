@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from linocut.kernels.attention import AttentionLayout, staircase_attention
+from linocut.kernels.attention_cuts import Config, choose_config
 from linocut.kernels.attention_oracle import staircase_attention_oracle
-from linocut.kernels.attention_triton import Config, _tile_map, choose_config, triton_attention
+from linocut.kernels.attention_triton import _tile_map, triton_attention
 from linocut.kernels.ragged import ragged_case
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -121,6 +121,7 @@ class FakeEngine:
     def launch(self, input_endpoint: str, output_endpoint: str) -> FakeEngine:
         assert not self._launched, "a process runs once"
         self._launched = True
+        self.input_endpoint = input_endpoint
         self._thread = threading.Thread(target=self._run, args=(input_endpoint, output_endpoint), daemon=True)
         self._thread.start()
         return self

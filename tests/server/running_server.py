@@ -25,7 +25,7 @@ class RunningServer:
         self, engine: FakeEngine, tokenizer: Tokenizer | None, launches: Sequence[Launch] = (), **settings: Any
     ) -> None:
         self.engine = engine
-        self._launches = launches or [engine.launch]
+        self._launches = launches or [Launch(engine.launch)]
         self.exit_code: int | None = None
         self.error: BaseException | None = None
         self._tokenizer = tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from fake_engine import FakeEngine, Step, model_info, say, silence
 from running_server import RunningServer
 
 from linocut.server import replicas
+from linocut.server.engine_launch import Launch
 
 URL = "/v1/completions"
 ANSWER = say([5, 6, 7])
@@ -31,9 +33,9 @@ class Slot:
         return engine.launch(input_endpoint, output_endpoint)
 
 
-def serving(*slots: FakeEngine | Slot, **settings: object) -> RunningServer:
+def serving(*slots: FakeEngine | Slot, interface: str | None = None, **settings: object) -> RunningServer:
     """A server with an engine for each; an engine that dies is followed by one that answers."""
-    launches = [(slot if isinstance(slot, Slot) else Slot(slot)).launch for slot in slots]
+    launches = [Launch((slot if isinstance(slot, Slot) else Slot(slot)).launch, interface) for slot in slots]
     return RunningServer(FakeEngine(), None, launches, **settings)
 
 
@@ -221,6 +223,37 @@ def test_the_last_engine_takes_the_server_with_it_while_another_one_loads():
         assert server.join() == 1
         assert "gone" in server.service.engine.failure
         assert not loads.is_alive()
+
+
+def test_a_server_waits_for_its_last_engine_where_that_was_elsewhere(pool):
+    dies, loads = FakeEngine(silence), FakeEngine(ANSWER, load_seconds=1.0)
+    with serving(Slot(dies, loads), interface="127.0.0.1") as server:
+        assert re.fullmatch(r"tcp://127\.0\.0\.1:\d+", dies.input_endpoint)
+        failing = submit(pool, server, dies)
+        dies.die()
+        assert failing.result().json()["error"]["code"] == "engine_dead"
+        assert server.http.get("/ready").status_code == 503
+        assert server.http.get("/health").status_code == 200
+        assert ask(server).json()["error"]["code"] == "engine_dead"
+        until(lambda: server.http.get("/ready").status_code == 200)
+        assert ask(server).status_code == 200
+        server.stop()
+        assert server.join() == 0
+
+
+def test_a_server_whose_engines_elsewhere_all_stay_away_ends(caplog):
+    def doomed() -> FakeEngine:
+        engine = FakeEngine(load_seconds=60.0)
+        engine.die("no memory")
+        return engine
+
+    slots = [Slot(FakeEngine(ANSWER), *(doomed() for _ in range(9))) for _ in range(2)]
+    with serving(*slots, interface="127.0.0.1") as server:
+        for slot in slots:
+            slot.launched[0].die("gone")
+        assert server.join() == 1
+        assert caplog.text.count("stays away") == 2
+        assert server.service.engine.failure == "gone"
 
 
 def test_what_engines_count_is_told_by_engine():

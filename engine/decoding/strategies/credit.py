@@ -52,7 +52,7 @@ class Credit(GridStrategy):
             CREDIT: Memory((width, SLOTS), torch.float32),
         }
 
-    def bias(self, view: RowView, statistics: WindowStatistics) -> LogitBias:
+    def bias(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> LogitBias:
         token = statistics.token
         # Ids and credit of another block say nothing: its first forward starts anew.
         fresh = (view.step == 0)[:, None, None]

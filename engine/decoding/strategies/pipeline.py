@@ -1,4 +1,4 @@
-"""D2F's pipelined blocks: the next ones are begun before the first is done."""
+"""Discrete Diffusion Forcing's pipelined blocks: the next ones are begun before the first is done."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...family import FamilyTraits
 from ..ranking import ranks
+from ..spans import plan_blocks
 from ..strategy import MAX_BLOCK, GridParams, GridStrategy, Values
 from ..view import Decision, RowView, Span, WindowStatistics
 
@@ -18,7 +19,11 @@ MAX_BLOCKS = 4
 
 
 class PipelineParams(GridParams, frozen=True):
-    """Positions above a threshold in several blocks at once, each begun when enough of the one before is decided."""
+    """Positions above a threshold in several blocks at once, each begun when enough of the one before is decided.
+
+    A block that is begun early sees masks where its model was trained to see text, unless it was trained for this (D2F,
+    MBD-LMs): the text may be a worse one than `threshold` gives.
+    """
 
     threshold: Annotated[float, Meta(ge=0.0, le=1.0, description="commit if confidence > threshold")] = 0.9
     blocks: Annotated[int, Meta(ge=1, le=MAX_BLOCKS, description="blocks that a forward decides at most")] = 4
@@ -45,8 +50,10 @@ class Pipeline(GridStrategy):
     A block is begun once `begin` of the block before it is decided, if that holds no end of the text. It decides its
     best position in a forward where none passes the threshold only if `press` of the block before it is decided: its
     context is good enough then. All follows from what is decided, so nothing has to be remembered. After Discrete
-    Diffusion Forcing (arXiv 2508.09192) and d3LLM (arXiv 2601.07568), on the attention that the model has: all of the
-    canvas.
+    Diffusion Forcing (arXiv 2508.09192) and d3LLM (arXiv 2601.07568), on the attention that the model has.
+
+    A block-causal model runs the blocks that are begun, and commits the full ones at the window's start in the forward
+    that goes on with the others. On a canvas every forward runs what `cache` leaves of it.
     """
 
     name = "pipeline"
@@ -54,28 +61,40 @@ class Pipeline(GridStrategy):
     Params = PipelineParams
 
     def refusal(self, traits: FamilyTraits) -> str:
-        if traits.mask_id is not None and traits.context != "full":
-            return "the rows of a sequence run one block at a time, but on a canvas"
-        return super().refusal(traits)
+        if refusal := super().refusal(traits):
+            return refusal
+        if traits.context != "full" and traits.commit_seeds:
+            return "a clean forward decides the first position of a block, so that none can begin before it"
+        if traits.context == "token-causal":
+            return "a token is final as soon as all before it are: `verify` looks beyond the block"
+        return ""
 
     def bounds(self, traits: FamilyTraits) -> dict[str, dict[str, Any] | None]:
         # A window starts at some block, and its steps are of no single one.
-        without = [name for name in GridParams.__struct_fields__ if name.startswith(("halt", "smoothing"))]
-        return super().bounds(traits) | {
-            "block_length": {"default": min(traits.block_size, 32), "maximum": MAX_BLOCK // MAX_BLOCKS},
-            "aligned": None,
-            **{name: None for name in without},
-        }
+        without = [name for name in GridParams.__struct_fields__ if name.startswith(("halt", "smoothing", "sub_block"))]
+        changes = super().bounds(traits) | {"aligned": None, **{name: None for name in without}}
+        if traits.context == "full":
+            changes["block_length"] = {"default": min(traits.block_size, 32), "maximum": MAX_BLOCK // MAX_BLOCKS}
+        else:
+            most = max(min(MAX_BLOCKS, MAX_BLOCK // traits.block_size), 1)
+            changes["blocks"] = {"default": most, "maximum": most}
+        return changes
+
+    def block(self, values: Values, traits: FamilyTraits) -> int:
+        return int(values.get("block_length", traits.block_size))
 
     def window(self, values: Values, traits: FamilyTraits) -> int:
-        return int(values["block_length"]) * int(values["blocks"])
+        return self.block(values, traits) * int(values["blocks"])
 
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
+        begun = _stages(view, view.decided).begun
+        if traits.context != "full":
+            return plan_blocks(view, begun)
         span = super().plan(view, traits)
-        span.targets = span.targets & (_stages(view, view.decided).begun | span.seeding[:, None])
+        span.targets = span.targets & (begun | span.seeding[:, None])
         return span
 
-    def choose(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
+    def decide(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
         stages = _stages(view, view.decided)
         masks = statistics.candidates & view.masked
         score = torch.where(masks, statistics.confidence, -torch.inf)
@@ -94,11 +113,11 @@ def _per_block(block: Tensor, flags: Tensor) -> Tensor:
 
 
 def _stages(view: RowView, decided: Tensor) -> _Stages:
-    block = view.offsets // view.parameters["block_length"].clamp(min=1)[:, None]
-    block = block.long()
+    block = (view.offsets // view.block[:, None]).long()
     size = _per_block(block, view.inside)
-    # Behind the row's last block nothing is left to decide.
-    done = torch.where(size > 0, _per_block(block, decided & view.inside) / size.clamp(min=1), 1.0)
+    # Shares are of what is generated. Behind the row's last block nothing is left to decide.
+    asked = _per_block(block, view.generated)
+    done = torch.where(asked > 0, _per_block(block, decided & view.generated) / asked.clamp(min=1), 1.0)
     before = torch.nn.functional.pad(done, (1, 0), value=1.0)[:, :-1]
     begun = before >= view.parameters["begin"][:, None]
     if view.stops is not None:

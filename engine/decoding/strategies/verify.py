@@ -16,6 +16,8 @@ from ..view import Decision, RowView, Span, WindowStatistics
 MAX_DRAFT = 12
 # Tokens that a following forward gains, on average, by having drafts.
 _GAIN = 0.8
+# Masks that gain most of it.
+_FEW = 4
 
 
 class VerifyParams(msgspec.Struct, frozen=True):
@@ -90,7 +92,8 @@ class Verify(FrontierStrategy):
         length = view.parameters["draft_length"][:, None]
         worth = ends * _GAIN >= cost * length
         best = torch.zeros_like(useful).scatter_(1, ends.argmax(dim=1, keepdim=True), True)
-        chosen = useful & (worth | best)
+        # Under a load where not even a few masks pay for themselves, the forward is that of `autoregressive`.
+        chosen = useful & (worth | (best & (cost * length.clamp(max=_FEW) <= _GAIN)))
         # The likeliest first: there may be no room for all.
         order = torch.sort(torch.where(chosen, ends, -1.0), dim=1, descending=True, stable=True).indices
         segments = torch.where(chosen.gather(1, order), order.int(), -1)

@@ -227,7 +227,8 @@ LLADA = {
         ({"num_experts_per_tok": 17}, "num_experts_per_tok 17"),
         ({"num_experts_per_tok": None}, "num_experts_per_tok"),
         ({"moe_intermediate_size": "wide"}, "no number"),
-        ({"expert_capacity": 48}, "expert_capacity"),
+        ({"expert_capacity": 3}, "expert_capacity 3"),
+        ({"expert_capacity": 17}, "expert_capacity 17"),
         ({"use_sliding_window": True}, "sliding"),
     ],
     ids=str,
@@ -236,6 +237,15 @@ def test_what_llada2_does_not_have_is_refused(fields: dict[str, Any], message: s
     config = {**LLADA2, "sliding_window": 64, **fields}
     with pytest.raises(ModelError, match=message):
         backbone_from_config({name: value for name, value in config.items() if value is not None})
+
+
+def test_a_capacity_takes_the_place_of_groups() -> None:
+    experts = backbone_from_config({**LLADA2, "expert_capacity": 6, "block_size": 16, "topk_group": 5}).experts
+    assert experts is not None
+    assert (experts.capacity, experts.block, experts.groups) == (6, 16, 1)
+    published = backbone_from_config({**LLADA2, "expert_capacity": 6}).experts
+    assert published is not None
+    assert published.block == 32
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,15 @@ from linocut.engine.models.linear import fits_float16
 from linocut.engine.models.moe import GroupedExperts, MoeMlp
 from linocut.engine.models.router import Router
 from linocut.engine.models.weights import RandomWeights
+from linocut.kernels.backend import Backend
 
 HIDDEN, CPU = 48, torch.device("cpu")
 QWEN3 = Experts(8, 2, 32)
 LLADA2 = Experts(
     16, 4, 32, shared_intermediate=24, score="sigmoid", expert_bias="choice", groups=4, active_groups=2, scale=2.5
+)
+BY_BLOCKS = Experts(
+    16, 3, 32, shared_intermediate=24, score="sigmoid", expert_bias="choice", scale=2.5, capacity=5, block=4
 )
 LLADA_MOE = Experts(8, 3, 32, shared_intermediate=40, expert_bias="weight", normalise=False)
 CONFIGS = {
@@ -54,8 +58,10 @@ class Named:
         return self.tensors[name]
 
 
-def mlp_of(config: Experts, weights: Named, quantization: Literal["none", "int8"] = "none") -> MoeMlp:
-    return MoeMlp(weights, "mlp.", HIDDEN, config, quantization, "torch")
+def mlp_of(
+    config: Experts, weights: Named, quantization: Literal["none", "int8"] = "none", backend: Backend = "torch"
+) -> MoeMlp:
+    return MoeMlp(weights, "mlp.", HIDDEN, config, quantization, backend)
 
 
 def tokens(count: int, seed: int = 5) -> Tensor:
@@ -89,6 +95,22 @@ def routed(config: Experts, logits: list[float], bias: list[float]) -> dict[int,
     return {expert: scores[expert] / total * config.scale for expert in best}
 
 
+def routed_by_blocks(config: Experts, logits: list[list[float]], bias: list[float]) -> list[dict[int, float]]:
+    """Expert -> weight of each token, a block at a time, from the description of LLaDA2.2's router."""
+    found = []
+    scores = torch.tensor(logits, dtype=torch.float64).sigmoid().tolist()
+    ranked = [[score + more for score, more in zip(row, bias, strict=True)] for row in scores]
+    for first in range(0, len(ranked), config.block):
+        block = ranked[first : first + config.block]
+        allowed = sorted(range(config.count), key=lambda expert: -max(row[expert] for row in block))[: config.capacity]
+        for row, score in zip(block, scores[first : first + config.block], strict=True):
+            # Of equal ones the lowest expert first.
+            best = sorted(sorted(allowed), key=lambda expert: -row[expert])[: config.active]
+            total = sum(score[expert] for expert in best)
+            found.append({expert: score[expert] / total * config.scale for expert in best})
+    return found
+
+
 def expected(config: Experts, weights: Named, x: Tensor) -> Tensor:
     """[tokens, hidden] float64"""
     held = {name: tensor.double() for name, tensor in weights.tensors.items()}
@@ -98,9 +120,13 @@ def expected(config: Experts, weights: Named, x: Tensor) -> Tensor:
         return linear(up, held[f"mlp.{name}down_proj.weight"])
 
     bias = held.get("mlp.gate.expert_bias", torch.zeros(config.count)).tolist()
+    logits = linear(x.double(), held["mlp.gate.weight"]).tolist()
+    if config.capacity:
+        chosen_of = routed_by_blocks(config, logits, bias)
+    else:
+        chosen_of = [routed(config, row, bias) for row in logits]
     rows = []
-    for row in x.double():
-        chosen = routed(config, linear(row, held["mlp.gate.weight"]).tolist(), bias)
+    for row, chosen in zip(x.double(), chosen_of, strict=True):
         total = sum((swiglu(row, f"experts.{expert}.") * weight for expert, weight in chosen.items()), 0 * row)
         rows.append(total + swiglu(row, "shared_experts.") if config.shared_intermediate else total)
     return torch.stack(rows)
@@ -140,6 +166,39 @@ def test_a_good_expert_of_a_poor_group_is_not_chosen() -> None:
     assert experts.tolist() == [[2]]
 
 
+@pytest.mark.parametrize("count", [4, 40, 42])
+def test_a_block_chooses_its_experts_together(count: int) -> None:
+    """Padding may end within a block."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(count, 16, generator=generator) * 2
+    bias = torch.randn(16, generator=generator) * 0.5
+    experts, weights = router(BY_BLOCKS, bias)(logits)
+    want = routed_by_blocks(BY_BLOCKS, logits.tolist(), bias.tolist())
+    alone = [routed_by_blocks(BY_BLOCKS, [row], bias.tolist())[0] for row in logits.tolist()]
+    assert [set(row) for row in want] != [set(row) for row in alone], "blocks that change nothing prove nothing"
+    for chosen, given, row in zip(experts.tolist(), weights.tolist(), want, strict=True):
+        assert chosen == list(row)
+        assert given == pytest.approx(list(row.values()), rel=1e-5)
+
+
+def test_blocks_next_to_each_other_choose_apart() -> None:
+    generator = torch.Generator().manual_seed(5)
+    one, other = torch.randn(2, 4, 16, generator=generator)
+    both, _ = router(BY_BLOCKS, torch.zeros(16))(torch.cat([one, other]))
+    assert torch.equal(both[:4], router(BY_BLOCKS, torch.zeros(16))(one)[0])
+    assert torch.equal(both[4:], router(BY_BLOCKS, torch.zeros(16))(other)[0])
+
+
+def test_of_equal_experts_a_block_keeps_the_lowest() -> None:
+    experts, _ = router(BY_BLOCKS, torch.zeros(16))(torch.zeros(4, 16))
+    assert experts.tolist() == [[0, 1, 2]] * 4
+    # The block's best are 11 .. 15, so that the others' own best do not count.
+    logits = torch.zeros(4, 16)
+    logits[0, 11:] = 5.0
+    logits[1:, :3] = 4.0
+    assert router(BY_BLOCKS, torch.zeros(16))(logits)[0][1:].tolist() == [[11, 12, 13]] * 3
+
+
 def test_equal_scores_go_to_the_lowest_experts() -> None:
     for config in (QWEN3, Experts(8, 2, 32, score="sigmoid", groups=4, active_groups=2)):
         experts, weights = router(config)(torch.zeros(3, config.count))
@@ -161,7 +220,7 @@ def test_routing_is_in_float32_whatever_the_models_dtype() -> None:
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["float16 weights", "float32 weights"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS.values(), BY_BLOCKS], ids=[*CONFIGS, "llada2.2"])
 def test_a_token_is_the_weighted_sum_of_its_experts(config: Experts, half: bool) -> None:
     weights = Named(half)
     mlp, x = mlp_of(config, weights), tokens(37)
@@ -210,7 +269,7 @@ def test_an_empty_batch_stays_empty() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 64])
-@pytest.mark.parametrize("config", [QWEN3, LLADA2], ids=["qwen3", "llada2"])
+@pytest.mark.parametrize("config", [QWEN3, LLADA2, BY_BLOCKS], ids=["qwen3", "llada2", "llada2.2"])
 def test_products_grouped_by_expert_are_the_experts_one_by_one(config: Experts, count: int) -> None:
     """What a GPU runs, here with the plain product."""
     weights = Named()
@@ -232,16 +291,15 @@ def test_products_grouped_by_expert_are_the_experts_one_by_one(config: Experts, 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("config", [QWEN3, LLADA2], ids=["qwen3", "llada2"])
+@pytest.mark.parametrize("config", [QWEN3, LLADA2, BY_BLOCKS], ids=["qwen3", "llada2", "llada2.2"])
 def test_on_a_gpu_experts_run_without_waiting_and_in_a_graph(config: Experts, dtype: torch.dtype) -> None:
     class OnDevice(Named):
         def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
             return super().get(name, shape).to("cuda", dtype)
 
     weights = OnDevice(scale=0.1)
-    mlp, x = mlp_of(config, weights), tokens(40).to("cuda", dtype)
+    mlp, x = mlp_of(config, weights, backend="triton"), tokens(40).to("cuda", dtype)
     assert isinstance(mlp._experts, GroupedExperts)
-    assert mlp._experts._fused == (dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (9, 0))
     mlp(x)  # libraries make their handles
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -30,9 +30,10 @@ def raise_(error: Exception) -> Any:
     return snapshot_download
 
 
-def test_none_is_the_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(embedded, "ensure", lambda: tmp_path)
+def test_none_is_the_embedded_model_and_so_is_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(embedded, "ensure", lambda adapted=True: tmp_path if adapted else None)
     assert resolve_model(None) == tmp_path
+    assert resolve_model("smollm2-135m-linocut") == tmp_path
 
 
 def test_the_original_of_the_embedded_model_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

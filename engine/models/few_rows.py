@@ -1,0 +1,33 @@
+"""Linear layers on a Hopper GPU: products of few rows are a kernel of ours where it is the faster one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linocut.kernels.projection import is_faster, project
+
+from .linear import DenseLinear
+
+
+class FewRowsLinear(DenseLinear):
+    """x @ weight.T + bias: [rows, in] -> [rows, out]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self._processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
+
+    @classmethod
+    def over(cls, dense: DenseLinear) -> FewRowsLinear:
+        """The same layer; shares the weights."""
+        return cls(dense._weight, dense._bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if is_faster(x.shape[0], self._weight, self._processors):
+            return project(x, self._weight, self._bias, backend="triton")
+        return super().__call__(x)
+
+
+def has_few_rows_kernel(device: torch.device) -> bool:
+    """Whether the kernel is for this device: it was measured on Hopper alone."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9

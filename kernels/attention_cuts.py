@@ -1,0 +1,74 @@
+"""How the Triton attention is cut: tiles of queries, steps of keys, programs that share the keys of a tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is cut and compiled."""
+
+    block_m: int  # rows of a tile: positions times heads per key head
+    block_n: int  # keys per step
+    splits: int  # programs that share a tile's keys
+    num_warps: int
+    num_stages: int
+
+
+def choose_config(
+    tokens: int,
+    rows: int,
+    max_query: int,
+    max_visible: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    processors: int,
+    itemsize: int = 2,
+) -> Config:
+    """Choose from host-known bounds only. The one place to tune; the comments say what an H200 said."""
+    # A batch that mixes a prefill with many short rows is cut for its typical row, or those would mostly be padding.
+    typical = max(1, min(max_query, 4 * tokens // max(rows, 1)))
+
+    def programs(block_m: int) -> int:
+        positions = block_m // group
+        count: int = kv_heads * min(rows * -(-max_query // positions), tokens // positions + rows)
+        return count
+
+    needed = max(16, _power_of_2(typical * group), _power_of_2(group))
+    most = 128 if itemsize == 2 and head_dim >= 128 else 64
+    block_m = max(min(needed, most), _power_of_2(group))
+    if (
+        block_m == 128
+        and max_visible <= 2048
+        and (programs(128) < processors or _is_short_prefill(max_query, max_visible))
+    ):
+        # Smaller tiles keep more processors busy, and waste less of a short causal triangle.
+        block_m = max(64, _power_of_2(group))
+    # More splits than fill the processors cost more in the join than they win; small tiles come two to a processor.
+    fill = processors * (2 if needed <= block_m <= 64 else 1)
+    splits, count = 1, programs(block_m)
+    while splits * 2 <= min(fill // count, max_visible // 128, 32 if block_m <= 32 else 16):
+        splits *= 2
+    num_warps, num_stages = 4, 2
+    if itemsize > 2:
+        block_n = 64 if head_dim * itemsize <= 256 else 32
+    elif block_m >= 128:
+        block_n, num_warps, num_stages = 128, 8, 4
+    elif _is_short_prefill(max_query, max_visible) and count >= 4 * processors:
+        block_n = 32
+    else:
+        # Where a processor has one program, more keys at a time are more in flight.
+        block_n = 64 if block_m == 64 and count * splits > processors else 128
+    block_n = max(16, min(block_n, _power_of_2(max_visible)))
+    return Config(block_m, block_n, splits, num_warps, num_stages)
+
+
+def _is_short_prefill(max_query: int, max_visible: int) -> bool:
+    return max_query >= 128 and max_visible <= 1024
+
+
+def _power_of_2(value: int) -> int:
+    """The least power of two that is not below `value`."""
+    return 1 << (value - 1).bit_length()
