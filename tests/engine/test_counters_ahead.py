@@ -24,7 +24,8 @@ MIX = {
     "causal": [{}, {"strategy": "jacobi", "draft_length": 5, "blocks": 3, "spawn_ratio": 0.4}, {"strategy": "jacobi"}],
     "llada": [{}, {"strategy": "static", "cache": "none", "denoising_steps": 3}],
     "wedlm": [{"strategy": "reorder"}, {"strategy": "jacobi"}, {"strategy": "autoregressive"}],
-    "sdar": [*STRATEGIES["sdar"], {"strategy": "edit"}, {"strategy": "freedave"}],
+    "sdar": [*STRATEGIES["sdar"], {"strategy": "edit"}, {"strategy": "freedave"}, {"strategy": "pipeline"}],
+    "sdar16": [*STRATEGIES["sdar16"], {"strategy": "pipeline", "threshold": 0.3}],
 }
 
 
