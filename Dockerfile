@@ -26,7 +26,11 @@ RUN --mount=type=cache,target=/var/cache/pip \
 
 FROM python:3.12-slim AS cpu
 LABEL org.opencontainers.image.title="Linocut" org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin linocut \
+# The engine compiles its kernels for the CPU at the first start: hence a C compiler, and nothing more.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin linocut \
     && install --directory --owner linocut /cache
 COPY --from=cpu-build /opt/linocut /opt/linocut
 ENV PATH=/opt/linocut/bin:$PATH XDG_CACHE_HOME=/cache

@@ -10,10 +10,12 @@ import torch
 from linocut.kernels.attention_flash import FlashAttention, FlashUnavailableError, find_flash
 from linocut.kernels.attention_self_test import TOLERANCE, attention_error
 from linocut.kernels.backend import Backend, default_backend
+from linocut.kernels.native import load_native
 
 from .config import EngineConfig
 from .errors import ConfigError
 from .models.backbone import Backbone
+from .models.embedded import cache_root
 
 log = logging.getLogger("linocut.engine")
 
@@ -26,7 +28,7 @@ def choose_attention(
     Raises ConfigError where what was asked for is not there, or where the chosen backend fails its self-test. With
     "auto", a FlashAttention that fails is left out, with a warning.
     """
-    backend = _backend(config, part, device)
+    backend = _backend(config, part, dtype, device)
     _check("attention " + backend, _error(part, config, dtype, device, backend, None), dtype)
     if backend != "triton" or config.attention not in ("auto", "flash"):
         return backend, None
@@ -68,8 +70,15 @@ def _check(name: str, error: float, dtype: torch.dtype) -> None:
         )
 
 
-def _backend(config: EngineConfig, part: Backbone, device: torch.device) -> Backend:
+def _backend(config: EngineConfig, part: Backbone, dtype: torch.dtype, device: torch.device) -> Backend:
     wanted = config.attention
+    if wanted in ("auto", "native") and device.type == "cpu" and dtype == torch.float32:
+        if load_native(cache_root() / "native"):
+            return "native"
+        if wanted == "native":
+            raise ConfigError("attention native needs Linux, a CPU with AVX-512 and a C compiler (cc, or CC names it)")
+    if wanted == "native":
+        raise ConfigError("attention native is for float32 on a CPU")
     if wanted in ("triton", "flash") and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(f"attention {wanted} needs a GPU")
     backend: Backend

@@ -26,7 +26,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     quantization: Literal["none", "int8"] = "none"
-    attention: Literal["auto", "torch", "triton", "flash"] = "auto"
+    attention: Literal["auto", "torch", "triton", "flash", "native"] = "auto"
     numerics: Literal["fast", "reference"] = "fast"
     eager: bool = False  # no CUDA graphs
     block_size: int | None = None

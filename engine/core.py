@@ -102,8 +102,9 @@ class EngineCore:
         self._land()
         if self.overlapping and not self._flights and self.scheduler.busy:
             self._launch(self.scheduler.schedule())
-        outputs = [output_of(sequence, [], "error", "out of memory") for sequence in self._shed]
-        outputs += [output_of(sequence, tokens, sequence.finish) for sequence, tokens in self._moved]
+        shed = {id(sequence) for sequence in self._shed}
+        outputs = [output_of(s, tokens, None if id(s) in shed else s.finish) for s, tokens in self._moved]
+        outputs += [output_of(sequence, [], "error", "out of memory") for sequence in self._shed]
         self._shed, self._moved = [], []
         self.clock.end(self.busy)
         return outputs
@@ -239,6 +240,7 @@ def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
         seeds=traits.commit_seeds,
         opens=traits.commit_opens,
         segment=strategy.segment(values, traits),
+        segments=strategy.segments(values),
         canvas=canvas,
         asks_all=strategy.asks_all,
         window=window,

@@ -47,18 +47,20 @@ class Drafter:
         slots: Tensor,
         last: Tensor,
         whole: Tensor,
+        logits: Tensor | None = None,
     ) -> None:
         """Put the drafts of `rows` (see `draft_rows`: M entries for each of `slots`) behind the rows' new starts.
 
         hidden: [tokens, hidden]. last: [rows] ids that stand before the drafts. whole: [rows] bool; the others ran a
-        chunk and keep their drafts. A draft is drawn as its verification will draw, with the noise of (seed, position).
+        chunk and keep their drafts. logits: of `rows`, where they are known. A draft is drawn as its verification will
+        draw, with the noise of (seed, position).
         """
         valid = rows.valid.view(slots.shape[0], -1)
         if self._decoder.draft_head is None:
             found = self._sampler.propose(state, hidden, rows, None, self._decoder.logits, flags)
             token, confidence = found.token.view_as(valid), found.confidence.view_as(valid)
         else:
-            proposals = self._proposals(state, hidden, rows, flags, self._decoder.draft_head.quick_logits)
+            proposals = self._proposals(state, hidden, rows, flags, self._decoder.draft_head.quick_logits, logits)
             tokens, confidences = [], []
             for index in torch.arange(rows.source.shape[0], device=slots.device).view_as(valid).unbind(1):
                 last, sure = self._draw(self._decoder.draft_head, state, proposals, rows, index, last, flags)
@@ -120,12 +122,13 @@ class Drafter:
         rows: LogitRows,
         flags: SamplingFlags,
         quick: Callable[[Tensor], Tensor | None] | None = None,
+        known: Tensor | None = None,
     ) -> _Proposals:
         share, parts = self._decoder.share, []
         for at in range(0, rows.source.shape[0], CHUNK):
             part = rows.at(slice(at, at + CHUNK))
             normed = self._decoder.normed(hidden[part.source])
-            logits = quick(normed) if quick is not None else None
+            logits = known[at : at + CHUNK] if known is not None else quick(normed) if quick is not None else None
             if logits is None:
                 logits = share.fill(self._decoder.head(normed))
             self._sampler.ban(state, logits, part.slot, part.position, flags)

@@ -13,8 +13,10 @@ from .plan import RowPlan
 from .prices import marginal_cost
 from .sequence import Sequence
 
-# Rows of a frontier that may always be fed, whatever the last step fed: drafts come and go.
+# Rows of a frontier that may be fed where they cost next to nothing, whatever the last step fed: drafts come and go.
 _FEW = 16
+# Tokens that it is worth to have room for another draft or two.
+_ROOM = 0.25
 
 
 class Coming(msgspec.Struct, gc=False):
@@ -60,16 +62,16 @@ def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Comin
     geometry = sequence.geometry
     if is_cut(sequence, row):
         return _behind_chunk(sequence, row)
+    cost = marginal_cost(rows, share)
     if geometry.canvas:
         return None if sequence.caches_blocks else _behind_canvas(sequence)
     if geometry.refeeds:
-        return _behind_frontier(sequence, row)
+        return _behind_frontier(sequence, row, cost)
     if geometry.feed:
-        window = 2 * geometry.feed
-        return _behind(sequence, window, geometry.feed, sequence.start + window)
+        return _behind_window(sequence, cost)
     if geometry.window > geometry.block:
         return _behind_blocks(sequence)
-    return _behind_block(sequence, rows, share)
+    return _behind_block(sequence, cost)
 
 
 def is_cut(sequence: Sequence, row: RowPlan) -> bool:
@@ -86,9 +88,12 @@ def what_ran(sequence: Sequence, row: RowPlan) -> RowPlan:
     if width == row.width and targets == row.targets and segments == row.segments:
         return row
     if is_cut(sequence, row):
-        width, targets, segments = min(row.width, sequence.start - sequence.run_start), 0, 0
+        clean = 0 if sequence.geometry.canvas else sequence.start - sequence.run_start
+        width, targets, segments = max(min(row.width, clean), 0), 0, 0
     width, targets, segments = min(width, row.width), min(targets, row.targets), min(segments, row.segments)
-    return RowPlan(row.slot, row.strategy, max(width, 0), targets, row.end, segments, row.segment)
+    if sequence.geometry.refeeds and targets:
+        targets = min(targets, width - sequence.clean)
+    return RowPlan(row.slot, row.strategy, width, targets, row.end, segments, row.segment)
 
 
 def _behind(sequence: Sequence, width: int, targets: int, reach: int) -> Coming:
@@ -111,23 +116,45 @@ def _behind_chunk(sequence: Sequence, row: RowPlan) -> Coming:
     return coming
 
 
-def _behind_frontier(sequence: Sequence, row: RowPlan) -> Coming | None:
+def _behind_frontier(sequence: Sequence, row: RowPlan, cost: float) -> Coming | None:
     """It moves on by as many tokens as it has asked about, at most. Where drafts do not fit, the device feeds fewer."""
     geometry, start = sequence.geometry, sequence.start
     if start + 1 >= sequence.limit:
         return None  # one token more, and it has ended
-    width = min(geometry.window, max(sequence.width, _FEW))
+    few = _FEW if cost <= 0 else min(_FEW, 1 + int(_ROOM / cost))
+    width = min(geometry.window, max(sequence.targets, few))
     start += min(sequence.targets, row.targets)
     return Coming(sequence.start, width, 0, width, sequence.segments, start + width, geometry.segment)
 
 
-def _behind_block(sequence: Sequence, rows: int, share: float) -> Coming:
-    """The block once more, or its commit with the next one behind it."""
+def _behind_window(sequence: Sequence, cost: float) -> Coming:
+    """The window once more, behind the prefix tokens that the step under way decides: all of it, or as many as ever."""
+    feed = room = sequence.geometry.feed
+    if feed * cost > 2 * _ROOM:
+        made = len(sequence.tokens) - sequence.prompt_len
+        room = min(feed, 2 + 2 * made // max(sequence.forwards, 1))
+    return _behind(sequence, feed + room, feed, sequence.start + 2 * feed)
+
+
+def _behind_block(sequence: Sequence, cost: float) -> Coming | None:
+    """The block once more, or its commit with the next one behind it.
+
+    Positions of a commit have to run sooner or later; those that are kept free for one that does not come cost what
+    they cost, and one that does not fit costs a forward of the row, some two tokens.
+    """
     geometry, block = sequence.geometry, sequence.geometry.block
-    width, targets = block, geometry.asks
-    if not geometry.seeds and 2 * _finishing(sequence) >= block * marginal_cost(rows, share):
+    chance = _finishing(sequence)
+    if chance == 1 and sequence.start + block >= sequence.limit:
+        return None
+    width = block
+    if not geometry.seeds and chance > 0 and 2 * chance >= (1 - chance) * block * cost:
         width = 2 * block
-    return _behind(sequence, width, targets, sequence.start + 2 * block)
+    coming = _behind(sequence, width, geometry.asks, sequence.start + 2 * block)
+    if geometry.segment:
+        # A block's second step is the first that has drafts to try; how many, the load says.
+        most = 1 + int(_ROOM / (cost * geometry.segment)) if cost > 0 else sequence.segments
+        coming.segments = max(sequence.segments, min(most, geometry.segments))
+    return coming
 
 
 def _behind_blocks(sequence: Sequence) -> Coming:

@@ -23,8 +23,8 @@ from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
 from .plan import Admission, StepPlan
 from .prices import marginal_cost
-from .sampling import Sampler, to_segments, to_window
-from .segments import draft_rows, segment_rows
+from .sampling import CHUNK, Sampler, to_segments, to_window
+from .segments import certain_sources, draft_rows, segment_rows
 from .smoothing import Mixer, make_room
 from .state import RowState, admit_rows, grant_pages
 from .transfer import to_device
@@ -32,12 +32,14 @@ from .transfer import to_device
 
 @dataclass
 class Forward:
-    """What a step's forward leaves for its groups. hidden: [tokens, hidden]."""
+    """What a step's forward leaves for its groups. hidden: [tokens, hidden]. ahead: the logits of the one group's
+    drafts, where they are known before it decides."""
 
     shape: StepShape
     inputs: StepInputs
     hidden: Tensor
     logits: LogitRows | None
+    ahead: Tensor | None = None
 
 
 class ModelRunner:
@@ -114,17 +116,21 @@ class ModelRunner:
         hidden = self.decoder.forward(
             batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy, batch.added
         )
-        width = span.targets.shape[1]
+        width, ahead = span.targets.shape[1], None
         if batch.logits is not None:
             seeding = None if traits.commits_blocks else span.seeding
             mixer = Mixer(state, self.decoder.mix, self.decoder.share) if shape.flags.smoothed else None
-            found = self.sampler.propose(
-                state, hidden, batch.logits, seeding, self.decoder.logits, shape.flags, mixer=mixer
-            )
+            logits = None
+            if self._drafts_are_certain(shape):
+                sources = torch.cat([batch.logits.source, certain_sources(shape.groups[0], inputs, self._lead)])
+                both = self.decoder.logits(hidden[sources])
+                logits, ahead = both[: shape.logits], both[shape.logits :]
+            to_logits = self.decoder.logits if logits is None else lambda rows, known=logits: known
+            found = self.sampler.propose(state, hidden, batch.logits, seeding, to_logits, shape.flags, mixer=mixer)
             statistics = to_window(batch.logits, found, shape.rows, width)
         else:
             statistics = no_statistics(shape.rows, width, shape.flags, state.device)
-        forward = Forward(shape, inputs, hidden, batch.logits)
+        forward = Forward(shape, inputs, hidden, batch.logits, ahead)
 
         packed = []
         for group, view in zip(shape.groups, views, strict=True):
@@ -208,10 +214,23 @@ class ModelRunner:
         if not group.segments:
             self.state.drafts[view.slots] = torch.where(whole, 0, view.drafts)
             return
-        lead = 0 if self.traits.logit_source == "previous" else 1
-        rows = draft_rows(group, forward.inputs, view.slots, segments, view.start, accepted, lead)
+        rows = draft_rows(group, forward.inputs, view.slots, segments, view.start, accepted, self._lead)
         last = decision.tokens.gather(1, accepted[:, None])[:, 0]
-        self.drafter.draft(self.state, forward.hidden, rows, forward.shape.flags, view.slots, last, whole)
+        flags = forward.shape.flags
+        self.drafter.draft(self.state, forward.hidden, rows, flags, view.slots, last, whole, forward.ahead)
+
+    @property
+    def _lead(self) -> int:
+        """Masks of a draft segment that propose nothing."""
+        return 0 if self.traits.logit_source == "previous" else 1
+
+    def _drafts_are_certain(self, shape: StepShape) -> bool:
+        """Whether the rows that will draft are known before anything is decided, so that one product with the
+        vocabulary does for both. Only where it gives each row the bits that it has alone."""
+        group, *others = shape.groups
+        certain = group.segments == 1 and not others and not self.strategies[group.strategy].branches
+        few = shape.logits + shape.rows * group.segment <= CHUNK
+        return certain and few and self.decoder.backend == "native" and self.decoder.draft_head is not None
 
     def _biased(
         self,

@@ -21,6 +21,9 @@ from .forecast import Coming, forecast, known, what_ran
 from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
 from .sequence import Sequence, Status
 
+# How much longer a forward may take, in forwards of few rows, so that it need not wait for the one before.
+_WASTE = 0.25
+
 
 class Scheduler:
     """Owns the sequences, their pages and their row slots.
@@ -91,12 +94,12 @@ class Scheduler:
             return None
         comings: dict[Sequence, Coming] = {}
         under_way = dict(self._under_way[-1])
+        share, rows = self.row_share, len(self.running)
         for sequence in self.running:
-            if sequence.geometry.canvas and sequence.caches_blocks:
-                return None  # a step of the block, or of all of the canvas: too far apart
+            if sequence.caches_blocks and (sequence.geometry.canvas or sequence.geometry.block * rows * share > _WASTE):
+                return None  # a part of the block or all of it, part of the canvas or all of it: too far apart
             row = under_way.get(sequence)
-            share = self.row_share
-            coming = known(sequence) if row is None else forecast(sequence, row, len(self.running), share)
+            coming = known(sequence) if row is None else forecast(sequence, row, rows, share)
             if coming is not None:
                 comings[sequence] = coming
         if not comings and not self.waiting:
@@ -290,6 +293,8 @@ class Scheduler:
         if end <= first * self.page_size:
             return None
         missing = self._pages_for(end) - first
+        if missing > self.pool.free + self.prefix.idle_pages:
+            raise OutOfPages
         self.prefix.evict(missing)
         pages = self.pool.allocate(missing)
         sequence.pages.extend(pages)

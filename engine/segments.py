@@ -84,6 +84,15 @@ def draft_rows(
     )
 
 
+def certain_sources(group: Group, inputs: StepInputs, lead: int) -> Tensor:
+    """The flat rows that `draft_rows` can name in a group whose rows have one segment each, whatever is accepted:
+    [rows of the group * M] int64, 0 for what a shorter one lacks."""
+    length, ran, behind = _of_group(group, inputs)
+    nth = torch.arange(group.segment - lead, device=length.device)
+    valid = (ran > 0)[:, None] & (nth < length[:, None] - lead)
+    return torch.where(valid, behind[:, None] + lead + nth, 0).flatten()
+
+
 def segment_rows(
     group: Group, inputs: StepInputs, slots: Tensor, segments: Tensor, start: Tensor, shift: int, causal: bool
 ) -> LogitRows:

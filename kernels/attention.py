@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from .attention_native import attention_is_native, native_attention
 from .attention_torch import grouped_attention, padded_attention
 from .backend import Backend
 
@@ -82,6 +83,8 @@ def staircase_attention(
         from .attention_triton import triton_attention
 
         return triton_attention(q, k_cache, v_cache, layout, scale)
+    if backend == "native" and attention_is_native(q, k_cache, v_cache, layout):
+        return native_attention(q, k_cache, v_cache, layout, scale)
     if q.device.type == "cpu":
         return grouped_attention(q, k_cache, v_cache, layout, scale)
     return padded_attention(q, k_cache, v_cache, layout, scale)

@@ -1,4 +1,4 @@
-"""Which implementation of a device function runs: the torch reference or the Triton kernel."""
+"""Which implementation of a device function runs: the torch reference, the Triton kernel, or the CPU's in C."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-Backend = Literal["torch", "triton"]
+# "native" stands for "torch" wherever a function, or what it is given, has no kernel in C.
+Backend = Literal["torch", "triton", "native"]
 
 
 def default_backend(device: torch.device) -> Backend:

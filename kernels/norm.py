@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from .backend import Backend
+from .native import takes
+from .norm_native import native_add_rms_norm, native_rms_norm, native_silu_and_mul
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool, *, backend: Backend = "torch") -> Tensor:
@@ -20,6 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool, *, backend: Bac
         from .norm_triton import triton_rms_norm
 
         return triton_rms_norm(x, weight, eps, fused)
+    if backend == "native" and takes(x, weight) and x.is_contiguous():
+        return native_rms_norm(x, weight, eps)
     if fused or x.dtype == torch.float32:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
@@ -37,6 +41,8 @@ def add_rms_norm(
         from .norm_triton import triton_add_rms_norm
 
         return triton_add_rms_norm(x, residual, weight, eps, fused)
+    if backend == "native" and takes(x, weight) and x.is_contiguous() and residual.is_contiguous():
+        return native_add_rms_norm(x, residual, weight, eps)
     total = x + residual
     return rms_norm(total, weight, eps, fused), total
 
@@ -50,5 +56,7 @@ def silu_and_mul(gate_up: Tensor, *, backend: Backend = "torch") -> Tensor:
         from .norm_triton import triton_silu_and_mul
 
         return triton_silu_and_mul(gate_up)
+    if backend == "native" and takes(gate_up) and gate_up.is_contiguous():
+        return native_silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate).mul_(up)

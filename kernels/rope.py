@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .backend import Backend
+from .rope_native import native_rope_and_cache_write, rope_is_native
 
 
 def rope_table(
@@ -119,6 +120,8 @@ def rope_and_cache_write(
         from .rope_triton import triton_rope_and_cache_write
 
         return triton_rope_and_cache_write(q, k, v, table, positions, slots, k_cache, v_cache)
+    if backend == "native" and rope_is_native(q, k, v, table, positions, slots, k_cache, v_cache):
+        return native_rope_and_cache_write(q, k, v, table, positions, slots, k_cache, v_cache)
     half = table.shape[1] // 2
     cos, sin = table.index_select(0, positions).unsqueeze(1).split(half, dim=-1)  # [tokens, 1, rotary_dim / 2]
     cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

@@ -31,8 +31,8 @@ def route(
     Scores are a softmax or a sigmoid of the logits; experts are ranked by them plus `bias` ([experts] float32), which
     counts in the weights, too, with `bias_counts`. Only experts of the `active_groups` groups (of consecutive experts)
     whose two best sum highest are chosen from. On equal scores the lowest expert or group comes first. Each token by
-    itself, but with `capacity`: then the tokens of a block (`block` consecutive ones) choose from as many experts, those
-    that rank highest anywhere in the block.
+    itself, but with `capacity`: then the tokens of a block (`block` consecutive ones) choose from as many experts,
+    those that rank highest anywhere in the block.
     """
     # The Triton kernel keeps all experts of a token in registers, by groups.
     if backend == "triton" and not capacity and _is_power(logits.shape[1] // groups) and _is_power(groups):

@@ -66,7 +66,9 @@ def serve(
         str | None, typer.Option(help="HOST:PORT of the cluster's head; without it, the one that this machine is in.")
     ] = None,
     quantization: Annotated[str, typer.Option(help="none or int8")] = "none",
-    attention: Annotated[str, typer.Option(help="auto, torch, triton or flash")] = "auto",
+    attention: Annotated[
+        str, typer.Option(help="auto, torch, triton, flash, or native (kernels in C for CPUs)")
+    ] = "auto",
     tensor_parallel_size: Annotated[
         int, typer.Option(help="GPUs that hold the model together: of this host, or of Ray's.")
     ] = 1,

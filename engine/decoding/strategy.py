@@ -102,6 +102,10 @@ class Strategy:
         """Rows of a draft segment; 0 where the strategy has none."""
         return 0
 
+    def segments(self, values: Values) -> int:
+        """How many of them a step may want, though the one before wanted none."""
+        return 0
+
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
         raise NotImplementedError
 

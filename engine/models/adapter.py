@@ -15,7 +15,7 @@ from torch import Tensor
 from linocut.kernels.backend import Backend
 from linocut.kernels.low_rank import gated_low_rank
 
-from .linear import DenseLinear, pack_linear
+from .linear import DenseLinear, NativeLinear, pack_linear
 
 FILE = "adapter.safetensors"
 MASK_EMBEDDING = "model.mask_embedding"
@@ -68,8 +68,8 @@ class Adapter:
             self.base = self._both.first(up.shape[0])
             return
         # Never int8: matrices this small gain nothing by it, and lose to the operations around the product.
-        self._down: Linear = pack_linear(down, None, "none")
-        self._up: Linear = pack_linear(up, None, "none")
+        self._down: Linear = pack_linear(down, None, "none", backend)
+        self._up: Linear = pack_linear(up, None, "none", backend)
 
     def __call__(self, x: Tensor, gate: Gate | None) -> Tensor:
         """[tokens, in] -> [tokens, out], rows of any stride. gate: None closes it for all rows."""
@@ -81,7 +81,10 @@ class Adapter:
         if gate.rows is None:
             return y + self._up(self._down(x) * gate.factor)
         if isinstance(gate.rows, slice):
-            y[gate.rows].add_(self._up(self._down(x[gate.rows])))
+            if isinstance(self._up, NativeLinear) and isinstance(self._down, NativeLinear):
+                self._up.weight.add_low_rank(self._down.weight, x, y, gate.rows)
+            else:
+                y[gate.rows].add_(self._up(self._down(x[gate.rows])))
             return y
         return y.index_add_(0, gate.rows, self._up(self._down(x[gate.rows])))
 

@@ -123,11 +123,13 @@ class Decoder:
         few_rows = backend == "triton" and has_few_rows_kernel(device)
 
         def pack(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"]) -> Linear:
-            packed = pack_linear(weight, bias, mode)
+            packed = pack_linear(weight, bias, mode, backend)
             return FewRowsLinear.over(packed) if few_rows and isinstance(packed, DenseLinear) else packed
 
         self.head = pack(head, None, "none")
-        self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share) if draft_head else None
+        self.draft_head = None
+        if draft_head:
+            self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share, backend)
         self.mask_id = mask_id
         self.mask_embedding = parts.get(MASK_EMBEDDING, (b.hidden,)) if adapter_rank else None
 
@@ -227,7 +229,7 @@ class Decoder:
         Packed as any other product is, so that on a CPU a row's result is the same beside other rows.
         """
         mixing = self.embedding.T
-        return pack_linear(mixing.contiguous() if mixing.device.type == "cpu" else mixing, None, "none")
+        return pack_linear(mixing.contiguous() if mixing.device.type == "cpu" else mixing, None, "none", self.backend)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm: [rows, hidden] -> [rows, hidden]."""

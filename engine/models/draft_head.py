@@ -10,7 +10,9 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
+
+from linocut.kernels.backend import Backend
 
 from ..errors import ConfigError
 from ..parallel.vocabulary import VocabShare
@@ -21,14 +23,18 @@ from .linear import Linear, pack_linear
 class DraftHead:
     """u = h + output · silu(input · [h ; e]), e the embedding of the token before, at unit RMS; scores are E · u."""
 
-    def __init__(self, inputs: Tensor, outputs: Tensor, words: Tensor, head: Tensor, share: VocabShare) -> None:
+    def __init__(
+        self, inputs: Tensor, outputs: Tensor, words: Tensor, head: Tensor, share: VocabShare, backend: Backend
+    ) -> None:
         """inputs: [hidden, 2 * hidden], outputs: [hidden, hidden]; words, head: the embedding and the vocabulary head,
         [width of the share, hidden]."""
-        self._inputs, self._outputs, self._words, self._head = inputs, outputs, words, head
+        self._inputs = pack_linear(inputs, None, "none", backend)
+        self._outputs = pack_linear(outputs, None, "none", backend)
+        self._words, self._head = words, head
         self._share = share
         # Candidates are guesses, for which a CPU reads half of the bytes: drafts are verified by exact rows.
         self._quick: Linear | None = None
-        if head.device.type == "cpu":
+        if head.device.type == "cpu" and backend != "native":
             with contextlib.suppress(ConfigError):
                 self._quick = pack_linear(head, None, "int8")
 
@@ -40,11 +46,13 @@ class DraftHead:
         """hidden: [rows, hidden], final-normed; last: [rows] ids; candidates: [rows, K] ids. Returns [rows, K]."""
         before = self._share.embed(last, self._words).float()
         before = before * torch.rsqrt(before.square().mean(-1, keepdim=True).clamp_min(1e-12))
-        refined = linear(silu(linear(torch.cat([hidden, before.to(hidden.dtype)], 1), self._inputs)), self._outputs)
+        refined = self._outputs(silu(self._inputs(torch.cat([hidden, before.to(hidden.dtype)], 1))))
         return self._share.scores(hidden + refined, candidates, self._head)
 
 
-def read_draft_head(weights: Weights, hidden: int, words: Tensor, head: Tensor, share: VocabShare) -> DraftHead:
+def read_draft_head(
+    weights: Weights, hidden: int, words: Tensor, head: Tensor, share: VocabShare, backend: Backend
+) -> DraftHead:
     """Raises ModelError if a tensor is missing."""
     inputs = weights.get("draft_head.input", (hidden, 2 * hidden))
-    return DraftHead(inputs, weights.get("draft_head.output", (hidden, hidden)), words, head, share)
+    return DraftHead(inputs, weights.get("draft_head.output", (hidden, hidden)), words, head, share, backend)

@@ -10,8 +10,18 @@ Measured (Zen 3, AVX2, two threads; SmolLM2-135M's 30 layers, all weights distin
 | 64 | 1.1 | 1.4 | 2.0 |
 | 256 | 1.0 | 1.1 | 1.6 |
 
-Few rows are bound by reading the weights, so halving these counts for more than arithmetic. Rejected: weights stored
-transposed (0.6 to 1.9), MKL's packed format (0.6 to 1.9), weight-only int8 (`_weight_int8pack_mm`, 0.4 at best).
+Few rows are bound by reading the weights, so halving these counts for more than arithmetic. The same layers in ms of
+CPU time on a Xeon with AVX-512 and AMX, one thread ("native": `kernels/linear_native.py`, four bits that lose nothing):
+
+| rows | F.linear | oneDNN | float16 weights | int8 | bfloat16 (AMX) | native |
+|---|---|---|---|---|---|---|
+| 1 | 31 | 38 | 20 | 12 | 22 | 9 |
+| 8 | 75 | 43 | 34 | 18 | 21 | 16 |
+| 64 | 118 | 111 | 112 | 46 | 30 | 117 |
+
+Rejected: weights stored transposed (0.6 to 1.9), MKL's packed format (0.6 to 1.9), weight-only int8
+(`_weight_int8pack_mm`, 0.4 at best), weight-only int4 (`_weight_int4pack_mm_for_cpu`: 166 ms a row in float32, 6 in
+bfloat16, which rounds scales), oneDNN's int8 with AMX (16 ms for one row, 18 for eight, with the quantising).
 """
 
 from __future__ import annotations
@@ -25,6 +35,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from linocut.kernels.backend import Backend
+from linocut.kernels.linear_native import MOST_INPUTS, NativeWeight
+
 from ..errors import ConfigError
 
 Linear = Callable[[Tensor], Tensor]
@@ -35,7 +48,9 @@ _SLICE = 120
 _LEAST = 4
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"]) -> Linear:
+def pack_linear(
+    weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"], backend: Backend = "torch"
+) -> Linear:
     """The fastest form of `x @ weight.T + bias` for the device and dtype: [rows, in] -> [rows, out], same dtype.
 
     weight: [out, in], bias: [out] or None; neither is kept where a packed copy takes its place. Mode "none" is exact to
@@ -47,8 +62,9 @@ def pack_linear(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8
         if not (on_cpu and _has_fbgemm()):
             raise ConfigError("quantization int8 needs an x86 CPU with AVX2: use quantization none")
         return Int8Linear(weight, bias)
-    if on_cpu and weight.dtype == torch.float32 and _has_fbgemm() and fits_float16(weight):
-        return HalfLinear(weight, bias)
+    native = backend == "native" and weight.shape[1] <= MOST_INPUTS
+    if on_cpu and weight.dtype == torch.float32 and (native or _has_fbgemm()) and fits_float16(weight):
+        return NativeLinear(weight, bias) if native else HalfLinear(weight, bias)
     if on_cpu and _has_onednn(weight.dtype):
         return OneDnnLinear(weight, bias)
     return DenseLinear(weight, bias)
@@ -94,6 +110,16 @@ class HalfLinear:
             return y
         y = torch.ops.quantized.linear_dynamic_fp16(pad(x, (0, 0, 0, more)), self._packed)
         return y[:rows]
+
+
+class NativeLinear:
+    """float32 arithmetic on weights in as few bits as hold them (`kernels/linear_native.py`)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self._bias = NativeWeight(weight), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.weight.multiply(x, self._bias)
 
 
 class OneDnnLinear:

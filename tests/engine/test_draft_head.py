@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_engines import Answers, engine, prompt_of, request, run
 
 from linocut.engine.core import EngineCore
+from linocut.engine.layout import StepShape
 from linocut.engine.messages import AddRequest
 
 SAMPLING: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.1, "seed": 4, "top_p": 0.8}]
@@ -47,6 +48,29 @@ def test_the_verified_text_stays_the_autoregressive_one(tmp_path: Path) -> None:
     core = core_of(tmp_path, 0.2)
     verified = serve(core, [{"row_cost": 0.0}, {}, {"draft_length": 7}, {"draft_length": 1}])
     assert texts(verified) == texts(serve(core, [{"strategy": "autoregressive"}] * 4))
+
+
+def test_one_product_for_texts_and_drafts_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each row has one segment, what it drafts from is known before anything is decided."""
+    core = core_of(tmp_path, 0.2)
+    if core.info.attention != "native":
+        pytest.skip("no kernels that give each row its own bits")
+    # So dear that no row has a second segment.
+    rules = [{"row_cost": 0.5}, {"row_cost": 0.5, "draft_length": 3}]
+    met: list[bool] = []
+    certain = core.runner._drafts_are_certain
+
+    def noted(shape: StepShape) -> bool:
+        met.append(certain(shape))
+        return met[-1]
+
+    monkeypatch.setattr(core.runner, "_drafts_are_certain", noted)
+    joint = serve(core, rules)
+    assert any(met)
+    monkeypatch.setattr(core.runner, "_drafts_are_certain", lambda shape: False)
+    apart = serve(core, rules)
+    assert texts(joint) == texts(apart)
+    assert [a.forwards for a in joint.values()] == [a.forwards for a in apart.values()]
 
 
 def test_a_head_without_weights_changes_no_proposal(tmp_path: Path) -> None:

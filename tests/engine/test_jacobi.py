@@ -235,6 +235,17 @@ def test_rejected_drafts_are_right_where_the_text_is_out_of_step_with_them(tmp_p
     assert recycled.forwards * 3 < plain.forwards
 
 
+def test_what_is_not_fed_is_not_reserved_ahead_either() -> None:
+    """On a GPU a forward computes the room of a row, whatever the row makes of it."""
+    core = lively()
+    core.runner.row_share = core.scheduler.row_share = 0.05
+    core.overlapping = True
+    plans = recorded(core)
+    run(core, [request(core, str(i), prompt_of(20, seed=i), 48, {"strategy": "jacobi"}) for i in range(12)])
+    found = [row.width for plan in plans for row in plan.rows if row.targets > 1]
+    assert sum(found[24:]) / len(found[24:]) < 6
+
+
 @pytest.mark.parametrize(("begun", "rows"), [(0, {8}), (3, {2})], ids=["right", "wrong"])
 def test_drafts_are_fed_as_far_as_they_pay(tmp_path: Path, begun: int, rows: set[int]) -> None:
     """Of a cycle in step with the text all are right, of one out of step none is."""

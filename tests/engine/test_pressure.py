@@ -160,3 +160,14 @@ def test_the_least_there_is_gets_a_second_try(size: int) -> None:
     assert pressure.fail(size)
     assert not pressure.fail(size)
     assert pressure.budget == 512, "whether other rows fit is another question"
+
+
+def test_a_row_whose_forwards_fail_twice_in_one_step_ends_once() -> None:
+    """The one planned ahead, and the one planned again behind the results that were under way."""
+    core = engine("sdar")
+    core.overlapping = True
+    starve(core, "forward", lambda call, _: call in (4, 5))
+    # `run` sees to it that every choice ends once, and that all it has committed was told.
+    (answer,) = run(core, [request(core, "a", prompt_of(8), 32, {"strategy": "static", "denoising_steps": 4})]).values()
+    assert answer.finish == "error"
+    assert answer.tokens

@@ -13,6 +13,7 @@ from harness import Harness
 from hypothesis import given
 from hypothesis import strategies as st
 
+from linocut.engine import forecast
 from linocut.engine.sequence import Sequence, Status
 
 LONGEST = 40  # prompt and answer together, in the generated scripts
@@ -78,10 +79,13 @@ def test_any_script_of_requests_and_aborts_keeps_the_invariants_and_ends(
     follow(harness, script)
 
 
-def test_so_does_a_heavy_load_that_meets_every_shortage() -> None:
+def test_so_does_a_heavy_load_that_meets_every_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random scripts denser than the ones above, so that each of the scheduler's answers is known to be covered."""
     preempted = hits = aborted = stopped = idle = cut = 0
+    foresee = forecast._finishing
     for seed in range(120):
+        # Half of the plans that are made ahead expect no block to be finished.
+        monkeypatch.setattr(forecast, "_finishing", foresee if seed % 4 == 1 else lambda sequence: 0.0)
         rng = random.Random(seed)
         geometry = rng.choice([Geometry(rng.choice([1, 3, 4, 8, 12]), rng.random() < 0.5), CAUSAL])
         page_size = rng.choice([1, 2, 4, 8, 16])
@@ -122,7 +126,7 @@ def test_so_does_a_heavy_load_that_meets_every_shortage() -> None:
         stopped += any(s.finish == "stop" for s in harness.sequences)
         idle, cut = idle + (harness.device.idle > 0), cut + (harness.device.cut > 0)
     assert min(preempted, hits, aborted, stopped, idle) > 12, (preempted, hits, aborted, stopped, idle)
-    assert cut > 2, "only long blocks are ever too dear to have room for in advance"
+    assert cut > 5, "rows had less room than they needed"
 
 
 def follow(harness: Harness, script: list[tuple[Any, ...]]) -> None:

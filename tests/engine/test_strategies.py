@@ -110,8 +110,12 @@ def test_a_text_is_the_same_where_steps_are_planned_ahead(family: str, strategy:
     ahead = engine(family)
     replays = replaying(ahead)
     ahead.overlapping = True
-    assert {key: answer.text for key, answer in run(ahead, asked).items()} == expected
+    found = run(ahead, asked)
+    assert {key: answer.text for key, answer in found.items()} == expected
     assert replays.replays
+    alone = run(core, asked)
+    took, least = (sum(answer.forwards for answer in some.values()) for some in (found, alone))
+    assert took <= 1.15 * least + len(asked), "a forward too many for a row now and then, no more"
 
 
 @pytest.mark.parametrize("strategy", ["threshold", "static", "pipeline"])

@@ -26,9 +26,9 @@ def test_it_holds_every_module_of_the_source_folders(names: list[str]) -> None:
     assert {name for name in names if name.endswith(".py")} == modules
 
 
-def test_it_holds_the_embedded_models_files_and_no_other_data(names: list[str]) -> None:
-    folder = ROOT / "engine" / "models" / "smollm2_135m"
-    shipped = {f"linocut/{path.relative_to(ROOT)}" for path in folder.glob("*")}
+def test_it_holds_the_embedded_models_files_and_the_kernels_in_c_and_no_other_data(names: list[str]) -> None:
+    folders = (ROOT / "engine" / "models" / "smollm2_135m", ROOT / "kernels" / "c")
+    shipped = {f"linocut/{path.relative_to(ROOT)}" for folder in folders for path in folder.glob("*")}
     data = {name for name in names if name.startswith("linocut/") and not name.endswith((".py", "py.typed"))}
     assert data == shipped
 

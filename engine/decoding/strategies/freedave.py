@@ -90,6 +90,9 @@ class FreeDave(GridStrategy):
     def segment(self, values: Values, traits: FamilyTraits) -> int:
         return traits.block_size if int(values["branches"]) > 1 else 0
 
+    def segments(self, values: Values) -> int:
+        return int(values["branches"]) - 1
+
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
         span = super().plan(view, traits)
         masks = span.targets & view.masked & ~span.seeding[:, None]

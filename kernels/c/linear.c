@@ -1,0 +1,274 @@
+/* y = x * W^T for few rows of x, on weights kept in the few bits that they came with (linear_native.py).
+
+   A tile of four outputs is expanded to float32 in the first-level cache and multiplied with all rows while the next
+   tile's bytes are on their way. Lanes run along the inputs, and every row is added up in the same order whatever else
+   is multiplied: a row's result is its own, bit for bit, whatever the format. */
+
+#include "native.h"
+
+enum { TILE = 4, MOST_ROWS = 6, GROUP = 32 };
+
+/* Formats. Values are those of a float16 checkpoint, so grids are rounded to float16 before they are used.
+   HALF: [out, in] float16.
+   GRID4: groups of 32 inputs: 16 bytes (low halves: the first 16 values), then scale and offset in float32.
+   GRID8: groups of 32 inputs: 32 int8, then the scale in float32. */
+enum { HALF, GRID4, GRID8 };
+enum { GRID4_BYTES = 24, GRID8_BYTES = 36 };
+/* Bytes that are fetched before they are needed. */
+enum { AHEAD = 1536 };
+
+static long row_bytes(int format, long in) {
+    return format == HALF ? 2 * in : in / GROUP * (format == GRID4 ? GRID4_BYTES : GRID8_BYTES);
+}
+
+static inline __m512 rounded(__m512 values) {
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+/* A group's 32 values. */
+static inline void decode_GRID4(const uint8_t *from, __m512 *low, __m512 *high) {
+    const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 scale = _mm512_set1_ps(read_float(from + 16)), offset = _mm512_set1_ps(read_float(from + 20));
+    __m512 levels = rounded(_mm512_add_ps(_mm512_mul_ps(steps, scale), offset));
+    __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+    /* A permutation reads the low four bits of an index. */
+    *low = _mm512_permutexvar_ps(codes, levels);
+    *high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), levels);
+}
+
+static inline void decode_GRID8(const uint8_t *from, __m512 *low, __m512 *high) {
+    __m512 scale = _mm512_set1_ps(read_float(from + GROUP));
+    __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+    __m512i second = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + 16)));
+    *low = rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(first), scale));
+    *high = rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(second), scale));
+}
+
+/* One output's weights as float32, zeros up to a multiple of 16. ahead: bytes to the tile that is fetched meanwhile. */
+static void expand(int format, const uint8_t *from, long in, long ahead, float *to) {
+    if (format == HALF) {
+        for (long i = 0; i < in; i += 16, from += 32) {
+            _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
+            _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_before(in - i), from)));
+        }
+        return;
+    }
+    for (long i = 0; i < in; i += GROUP, from += format == GRID4 ? GRID4_BYTES : GRID8_BYTES) {
+        __m512 low, high;
+        _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
+        if (format == GRID4)
+            decode_GRID4(from, &low, &high);
+        else
+            decode_GRID8(from, &low, &high);
+        _mm512_storeu_ps(to + i, low);
+        _mm512_storeu_ps(to + i + 16, high);
+    }
+}
+
+/* ROWS rows of x with a tile; out: how many of its outputs there are. Loops are unrolled so that sums are registers. */
+#define MULTIPLY(ROWS)                                                                                                 \
+    static void multiply_##ROWS(const float *x, long x_stride, long in, const float *tile, long tile_stride,           \
+                                const float *bias, float *y, long y_stride, int out, int add) {                        \
+        __m512 sum[ROWS][TILE];                                                                                        \
+        UNROLL for (int r = 0; r < ROWS; r++) {                                                                        \
+            UNROLL for (int o = 0; o < TILE; o++) sum[r][o] = _mm512_setzero_ps();                                     \
+        }                                                                                                              \
+        __mmask16 lanes = 0xFFFF;                                                                                      \
+        for (long i = 0; i < in; i += 16) {                                                                            \
+            if (in - i < 16) lanes = lanes_before(in - i);                                                             \
+            __m512 weights[TILE];                                                                                      \
+            UNROLL for (int o = 0; o < TILE; o++) weights[o] = _mm512_load_ps(tile + o * tile_stride + i);             \
+            UNROLL for (int r = 0; r < ROWS; r++) {                                                                    \
+                __m512 values = _mm512_maskz_loadu_ps(lanes, x + r * x_stride + i);                                    \
+                UNROLL for (int o = 0; o < TILE; o++) sum[r][o] = _mm512_fmadd_ps(values, weights[o], sum[r][o]);      \
+            }                                                                                                          \
+        }                                                                                                              \
+        __mmask8 kept = (__mmask8)((1 << out) - 1);                                                                    \
+        __m128 shift = bias ? _mm_maskz_loadu_ps(kept, bias) : _mm_setzero_ps();                                       \
+        UNROLL for (int r = 0; r < ROWS; r++) {                                                                        \
+            float *at = y + r * y_stride;                                                                              \
+            __m128 found = _mm_add_ps(sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), shift);                        \
+            if (add) found = _mm_add_ps(found, _mm_maskz_loadu_ps(kept, at));                                          \
+            _mm_mask_storeu_ps(at, kept, found);                                                                       \
+        }                                                                                                              \
+    }
+MULTIPLY(1) MULTIPLY(2) MULTIPLY(3) MULTIPLY(4) MULTIPLY(5) MULTIPLY(6)
+
+typedef void Multiply(const float *, long, long, const float *, long, const float *, float *, long, int, int);
+static Multiply *const multiply[] = {0, multiply_1, multiply_2, multiply_3, multiply_4, multiply_5, multiply_6};
+
+/* Up to twelve rows, which are what decoding has: a pair of a grid's outputs goes from its codes to the sums without a
+   stop in the cache, in the same order as a tile. */
+enum { PAIR = 2, FEW_ROWS = 12 };
+
+#define FEW(FORMAT, ROWS)                                                                                              \
+    static void few_##FORMAT##_##ROWS(const float *x, long x_stride, long in, const uint8_t *one, const uint8_t *two,  \
+                                      float *y, long y_stride, __m128 shift, __mmask8 kept, int add) {                 \
+        __m512 sum[ROWS][PAIR], low, high;                                                                             \
+        UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();                             \
+        for (long i = 0; i < in; i += GROUP, one += FORMAT##_BYTES, two += FORMAT##_BYTES) {                           \
+            _mm_prefetch((const char *)one + AHEAD, _MM_HINT_T0);                                                      \
+            _mm_prefetch((const char *)two + AHEAD, _MM_HINT_T0);                                                      \
+            UNROLL for (int o = 0; o < PAIR; o++) {                                                                    \
+                decode_##FORMAT(o ? two : one, &low, &high);                                                           \
+                UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
+                    sum[r][o] = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * x_stride + i), low, sum[r][o]);                \
+                UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
+                    sum[r][o] = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * x_stride + i + 16), high, sum[r][o]);          \
+            }                                                                                                          \
+        }                                                                                                              \
+        UNROLL for (int r = 0; r < ROWS; r += 2) {                                                                     \
+            int next = r + 1 < ROWS ? r + 1 : r;                                                                       \
+            __m128 both = sums_of(sum[r][0], sum[r][1], sum[next][0], sum[next][1]);                                   \
+            for (int n = 0; n < 2 && r + n < ROWS; n++, both = _mm_movehl_ps(both, both)) {                            \
+                float *at = y + (r + n) * y_stride;                                                                    \
+                __m128 found = _mm_add_ps(both, shift);                                                                \
+                if (add) found = _mm_add_ps(found, _mm_maskz_loadu_ps(kept, at));                                      \
+                _mm_mask_storeu_ps(at, kept, found);                                                                   \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+#define FEW_OF(FORMAT)                                                                                                 \
+    FEW(FORMAT, 1) FEW(FORMAT, 2) FEW(FORMAT, 3) FEW(FORMAT, 4) FEW(FORMAT, 5) FEW(FORMAT, 6)                          \
+    FEW(FORMAT, 7) FEW(FORMAT, 8) FEW(FORMAT, 9) FEW(FORMAT, 10) FEW(FORMAT, 11) FEW(FORMAT, 12)
+FEW_OF(GRID4)
+FEW_OF(GRID8)
+
+typedef void Few(const float *, long, long, const uint8_t *, const uint8_t *, float *, long, __m128, __mmask8, int);
+#define FEW_NAMES(F)                                                                                                   \
+    {0, few_##F##_1, few_##F##_2, few_##F##_3, few_##F##_4, few_##F##_5, few_##F##_6,                                  \
+     few_##F##_7, few_##F##_8, few_##F##_9, few_##F##_10, few_##F##_11, few_##F##_12}
+static Few *const few[][FEW_ROWS + 1] = {[GRID4] = FEW_NAMES(GRID4), [GRID8] = FEW_NAMES(GRID8)};
+
+static void few_rows(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
+                     const float *bias, float *y, long y_stride, int add) {
+    long bytes = row_bytes(format, in), pairs = (out + PAIR - 1) / PAIR;
+#pragma omp parallel for schedule(dynamic, 16) if (out * in * (rows + 3) >= PARALLEL)
+    for (long p = 0; p < pairs; p++) {
+        long first = p * PAIR;
+        __mmask8 kept = out - first < PAIR ? 1 : 3;
+        const uint8_t *one = weight + first * bytes, *two = kept == 3 ? one + bytes : one;
+        __m128 shift = bias ? _mm_maskz_loadu_ps(kept, bias + first) : _mm_setzero_ps();
+        few[format][rows](x, x_stride, in, one, two, y + first, y_stride, shift, kept, add);
+    }
+}
+
+/* x: [rows, in], rows x_stride apart; weight: [out] rows of `format`; bias: [out] or null; y: [rows, out], rows y_stride
+   apart, which is added to if `add`. */
+void native_linear(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
+                   const float *bias, float *y, long y_stride, int add) {
+    if (format != HALF && rows && rows <= FEW_ROWS) {
+        few_rows(x, x_stride, rows, weight, format, in, out, bias, y, y_stride, add);
+        return;
+    }
+    long stride = (in + 15) / 16 * 16, bytes = row_bytes(format, in);
+    long tiles = (out + TILE - 1) / TILE, blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
+#pragma omp parallel if (out * in * (rows + 3) >= PARALLEL)
+    {
+        float tile[TILE * stride] __attribute__((aligned(64)));
+#pragma omp for schedule(dynamic, 8)
+        for (long t = 0; t < tiles; t++) {
+            long first = t * TILE;
+            int count = (int)(out - first < TILE ? out - first : TILE);
+            for (int o = 0; o < TILE; o++) {
+                /* Behind the last output stands a copy of it, which is not stored. */
+                long from = first + (o < count ? o : count - 1);
+                expand(format, weight + from * bytes, in, 2 * TILE * bytes, tile + o * stride);
+            }
+            /* Blocks of rows are as even as they can be. */
+            for (long b = 0, row = 0; b < blocks; b++) {
+                long some = (rows - row + blocks - b - 1) / (blocks - b);
+                multiply[some](x + row * x_stride, x_stride, in, tile, stride, bias ? bias + first : 0,
+                               y + row * y_stride + first, y_stride, count, add);
+                row += some;
+            }
+        }
+    }
+}
+
+/* y += (x * down^T) * up^T, in float32. down: [rank, in], up: [out, rank], formats as above. Returns 1 without memory. */
+int native_low_rank(const float *x, long x_stride, long rows, const uint8_t *down, int down_format, const uint8_t *up,
+                    int up_format, long in, long rank, long out, float *y, long y_stride) {
+    float *between = malloc((size_t)(rows * rank + 1) * sizeof *between);
+    if (!between) return 1;
+    native_linear(x, x_stride, rows, down, down_format, in, rank, 0, between, rank, 0);
+    native_linear(between, rank, rows, up, up_format, rank, out, 0, y, y_stride, 1);
+    free(between);
+    return 0;
+}
+
+/* Bytes that `native_pack` writes. */
+long native_packed_bytes(int format, long in, long out) { return out * row_bytes(format, in); }
+
+static float half_of(float value) { return _cvtsh_ss(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)); }
+
+/* A float16 so many steps from `value`, away from zero. */
+static float half_step(float value, int steps) {
+    return _cvtsh_ss((unsigned short)(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT) + steps));
+}
+
+/* A group's codes for a scale; whether they give the values back, every bit. */
+static int encode(const float *w, float scale, float offset, int least, int most, int8_t *codes) {
+    int same = 1;
+    for (int i = 0; i < GROUP; i++) {
+        float code = scale == 0.0f ? 0.0f : rintf((w[i] - offset) / scale);
+        code = code < least ? least : code > most ? most : code;
+        float product = code * scale;
+        same &= half_of(product + offset) == w[i];
+        codes[i] = (int8_t)code;
+    }
+    return same;
+}
+
+/* Find the scale from the extremes: what float16 has rounded away is a few of its steps. */
+static int encode_group(int format, const float *w, float *scale, float *offset, int8_t *codes) {
+    float low = w[0], high = w[0];
+    for (int i = 1; i < GROUP; i++) {
+        low = w[i] < low ? w[i] : low;
+        high = w[i] > high ? w[i] : high;
+    }
+    float range = high - low, most = 15.0f;
+    *offset = low;
+    if (format == GRID8) {
+        range = -low > high ? -low : high, most = 127.0f;
+        *offset = 0.0f;
+    }
+    if (!(range <= 65504.0f)) return 0;
+    float middle = half_of(range / most);
+    for (int turn = 0; turn < 9; turn++) {
+        int steps = turn % 2 ? (turn + 1) / 2 : -turn / 2;
+        *scale = half_step(middle, middle == 0.0f && steps < 0 ? 0 : steps);
+        if (encode(w, *scale, *offset, format == GRID8 ? -127 : 0, (int)most, codes)) return 1;
+    }
+    return 0;
+}
+
+/* Pack weight ([out, in] float32, all of it values of float16). Returns whether the format holds every value exactly. */
+int native_pack(int format, const float *weight, long in, long out, uint8_t *to) {
+    int all = format == HALF || in % GROUP == 0;
+    long bytes = row_bytes(format, in);
+    for (long o = 0; all && o < out; o++) {
+        const float *w = weight + o * in;
+        uint8_t *at = to + o * bytes;
+        if (format == HALF) {
+            for (long i = 0; i < in; i++) ((uint16_t *)at)[i] = _cvtss_sh(w[i], _MM_FROUND_TO_NEAREST_INT);
+            continue;
+        }
+        for (long i = 0; all && i < in; i += GROUP) {
+            float scale = 0, offset = 0;
+            int8_t codes[GROUP];
+            all = encode_group(format, w + i, &scale, &offset, codes);
+            if (format == GRID4) {
+                for (int c = 0; c < 16; c++) at[c] = (uint8_t)(codes[c] | codes[c + 16] << 4);
+                memcpy(at + 16, &scale, 4);
+                memcpy(at + 20, &offset, 4);
+                at += GRID4_BYTES;
+            } else {
+                memcpy(at, codes, GROUP);
+                memcpy(at + GROUP, &scale, 4);
+                at += GRID8_BYTES;
+            }
+        }
+    }
+    return all;
+}

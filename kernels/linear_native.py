@@ -1,0 +1,62 @@
+"""Products with weights kept in the few bits that they came with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .native import library, takes
+
+# Of linear.c, fewest bits first. A grid is a checkpoint that was quantised before it was rounded to float16: groups of
+# 32 inputs with 16 levels (GGUF's Q4_0 and Q4_1), or with 255 around zero (Q8_0).
+_FORMATS = {"grid4": 1, "grid8": 2, "half": 0}
+# Four rows of weights, expanded to float32, are on a thread's stack.
+MOST_INPUTS = 16384
+# A grid is looked for in as many outputs first.
+_SAMPLE = 8
+
+
+class NativeWeight:
+    """Packed float32 weights [out, in] that are values of float16, every one of them. format: "grid4", "grid8", "half".
+
+    Products are float32; a row's result is the same beside any other rows, bit for bit, in every format.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.outputs, self.inputs = weight.shape
+        weight = weight.contiguous()
+        for self.format, self._code in _FORMATS.items():
+            if self._pack(weight[:_SAMPLE]) is not None and (packed := self._pack(weight)) is not None:
+                break
+        assert packed is not None  # "half" takes any
+        self._packed = packed
+        self._at, self._multiply = packed.data_ptr(), library().native_linear
+
+    def _pack(self, weight: Tensor) -> Tensor | None:
+        """None where the format does not hold it exactly."""
+        outputs, inputs = weight.shape
+        packed = torch.empty(library().native_packed_bytes(self._code, inputs, outputs), dtype=torch.uint8)
+        held = library().native_pack(self._code, weight.data_ptr(), inputs, outputs, packed.data_ptr())
+        return packed if held else None
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias: [rows, in] -> [rows, out]."""
+        if not takes(x):
+            x = x.float().contiguous()
+        y = x.new_empty((x.shape[0], self.outputs))
+        self._multiply(
+            *(x.data_ptr(), x.stride(0), x.shape[0], self._at, self._code, self.inputs, self.outputs),
+            *(None if bias is None else bias.data_ptr(), y.data_ptr(), self.outputs, 0),
+        )
+        return y
+
+    def add_low_rank(self, down: NativeWeight, x: Tensor, y: Tensor, rows: slice) -> None:
+        """y += (x @ down.T) @ weight.T in place, on `rows`: [tokens, in], [tokens, out], rows of any stride."""
+        if not takes(x):
+            x = x.float().contiguous()
+        first, count = rows.start, rows.stop - rows.start
+        if library().native_low_rank(
+            *(x.data_ptr() + 4 * first * x.stride(0), x.stride(0), count, down._at, down._code, self._at, self._code),
+            *(down.inputs, self.inputs, self.outputs, y.data_ptr() + 4 * first * y.stride(0), y.stride(0)),
+        ):
+            raise MemoryError("a low-rank product found no memory")
