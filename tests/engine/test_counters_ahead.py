@@ -13,6 +13,7 @@ from converted import converted_folder
 from request_mix import STRATEGIES, mixed_requests
 from tiny_engines import FAMILIES, assert_empty, engine, prompt_of, request, run
 
+from linocut.engine import forecast
 from linocut.engine.core import EngineCore
 from linocut.engine.histogram import Distribution
 from linocut.engine.messages import Abort
@@ -81,12 +82,16 @@ def test_counters_agree_with_the_device(family: str, ahead: bool) -> None:
     assert sum(answer.positions for answer in answers.values()) == device.ran
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("room", [None, 3, 16])
 @pytest.mark.parametrize("row_cost", [0.0, 0.2, None])
-def test_counters_agree_about_drafts(ahead: bool, row_cost: float | None, tmp_path: Path) -> None:
-    """Verified drafting runs fewer rows than there is room for where they do not pay."""
+def test_counters_agree_about_drafts(
+    room: int | None, row_cost: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verified drafting runs fewer rows than there is room for where they do not pay, or do not fit."""
     core = engine("causal", model=str(converted_folder(tmp_path)))
-    core.overlapping = ahead
+    if room is not None:
+        monkeypatch.setattr(forecast, "_FEW", room)
+        core.overlapping = True
     device = Device(core)
     asked = {"strategy": "verify", "draft_length": 7, **({} if row_cost is None else {"row_cost": row_cost})}
     run(core, [request(core, str(n), prompt_of(5 + 9 * n, seed=n), 24 + n, asked) for n in range(8)], gap=2)
