@@ -8,7 +8,7 @@ from torch import Tensor
 from .layout import StepLayout
 from .plan import RowReport
 
-_HEAD = 14
+_HEAD = 15
 
 
 def report_width(window: int) -> int:
@@ -58,8 +58,8 @@ class Flight:
 
 def _unpacked(row: list[int], window: int) -> RowReport:
     """row: [report_width(window)], as `ModelRunner._advance` packs it."""
-    start, final_len, step, run_start, width, targets, segments = row[:7]
-    finish, prefix, committed, reason, clean, edited, remasked = row[7:_HEAD]
+    start, final_len, step, run_start, width, targets, segments, segments_run = row[:8]
+    finish, prefix, committed, reason, clean, edited, remasked = row[8:_HEAD]
     return RowReport(
         finish=finish,
         prefix=prefix,
@@ -72,6 +72,7 @@ def _unpacked(row: list[int], window: int) -> RowReport:
         next_width=width,
         next_targets=targets,
         next_segments=segments,
+        segments=segments_run,
         committed=committed,
         reason=reason,
         clean=clean,

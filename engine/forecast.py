@@ -82,17 +82,19 @@ def is_cut(sequence: Sequence, row: RowPlan) -> bool:
     return not sequence.geometry.refeeds or row.width <= sequence.clean
 
 
-def what_ran(sequence: Sequence, row: RowPlan) -> RowPlan:
-    """`row` with what of its room the step took. The sequence is as it was before."""
-    width, targets, segments = sequence.width, sequence.targets, sequence.segments
+def what_ran(sequence: Sequence, row: RowPlan, segments: int) -> RowPlan:
+    """`row` with what of its room the step took. The sequence is as it was before; segments: as the device reports."""
+    width, targets = sequence.width, sequence.targets
     if width == row.width and targets == row.targets and segments == row.segments:
         return row
     if is_cut(sequence, row):
         clean = 0 if sequence.geometry.canvas else sequence.start - sequence.run_start
-        width, targets, segments = max(min(row.width, clean), 0), 0, 0
-    width, targets, segments = min(width, row.width), min(targets, row.targets), min(segments, row.segments)
+        width, targets = max(min(row.width, clean), 0), 0
+    width, targets = min(width, row.width), min(targets, row.targets)
     if sequence.geometry.refeeds and targets:
-        targets = min(targets, width - sequence.clean)
+        # Drafts beyond those that are asked about are not fed, nor asked about those that are not fed.
+        width = min(width, sequence.clean + targets)
+        targets = width - sequence.clean
     return RowPlan(row.slot, row.strategy, width, targets, row.end, segments, row.segment)
 
 

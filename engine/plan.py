@@ -93,7 +93,7 @@ class RowReport(msgspec.Struct, frozen=True, gc=False):
     """What a step did to one row.
 
     window, decided: ids and flags of the active block as decided, from the `start` that the step began with.
-    next_*: the row's new state and the span of its next whole step.
+    next_*: the row's new state and the span of its next whole step. segments: how many ran in this one.
     finish: 0 goes on, 1 a stop id ended it at `prefix` - 1, 2 max_tokens ended it.
     committed: positions decided in this step, `clean` of them by a clean row, the others for `REASONS[reason]`. edited:
     decided positions that became other tokens; remasked: those that became masks again.
@@ -110,6 +110,7 @@ class RowReport(msgspec.Struct, frozen=True, gc=False):
     next_width: int
     next_targets: int
     next_segments: int = 0
+    segments: int = 0
     committed: int = 0
     reason: int = RULE
     clean: int = 0

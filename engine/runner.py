@@ -24,7 +24,7 @@ from .models.decoder import Decoder, KVCache
 from .plan import Admission, StepPlan
 from .prices import marginal_cost
 from .sampling import CHUNK, Sampler, to_segments, to_window
-from .segments import certain_sources, draft_rows, segment_rows
+from .segments import certain_sources, draft_rows, segment_rows, segments_run
 from .smoothing import Mixer, make_room
 from .state import RowState, admit_rows, grant_pages
 from .transfer import to_device
@@ -165,7 +165,7 @@ class ModelRunner:
         statistics: WindowStatistics,
         forward: Forward,
     ) -> Tensor:
-        """Decide and advance one group; returns its packed reports, [rows, 14 + 2 W] int32."""
+        """Decide and advance one group; returns its packed reports, [rows, 15 + 2 W] int32."""
         strategy = self.strategies[group.strategy]
         if strategy.biased and forward.logits is not None:
             statistics = self._biased(strategy, group, view, span, statistics, forward)
@@ -190,6 +190,9 @@ class ModelRunner:
         self.state.row_cost[view.slots] = torch.where(asked < 0, forward.inputs.row_cost, asked)
         after = row_view(self.state, view.slots, group.window)
         coming = strategy.plan(after, self.traits)
+        none = ran = torch.zeros_like(after.start)
+        if span.segments is not None and group.segments:
+            ran = segments_run(group, forward.inputs, span.segments)
         columns = [
             after.start,
             after.final_len,
@@ -197,7 +200,8 @@ class ModelRunner:
             coming.run_start,
             coming.run_end - coming.run_start,
             coming.targets.sum(dim=1),
-            torch.zeros_like(after.start) if coming.segments is None else (coming.segments >= 0).sum(dim=1),
+            none if coming.segments is None else (coming.segments >= 0).sum(dim=1),
+            ran,
         ]
         return torch.cat([torch.stack([c.int() for c in columns], dim=1), outcome], dim=1)
 

@@ -181,7 +181,7 @@ class Scheduler:
                 self.counters.padding_positions += row.width + row.scratch
                 continue
             rows += 1
-            ran = what_ran(sequence, row)
+            ran = what_ran(sequence, row, report.segments)
             self.counters.padding_positions += row.width + row.scratch - ran.width - ran.scratch
             self.counters.count_positions(sequence, ran)
             # The device does not know who was aborted.

@@ -57,6 +57,13 @@ def scratch_rows(shape: StepShape, inputs: StepInputs, span: Span, start: Tensor
     return Scratch(ids, here, used, place, sees + behind % length, sees, first, end, noisy)
 
 
+def segments_run(group: Group, inputs: StepInputs, segments: Tensor) -> Tensor:
+    """[rows of the group]: how many segments ran of each row. segments: [rows, S] (see Span), of a span that is cut."""
+    _, ran, _ = _of_group(group, inputs)
+    nth = torch.arange(segments.shape[1], device=segments.device)
+    return ((segments >= 0) & (nth < ran[:, None])).sum(dim=1)
+
+
 def draft_rows(
     group: Group, inputs: StepInputs, slots: Tensor, segments: Tensor, start: Tensor, seen: Tensor, lead: int
 ) -> LogitRows:

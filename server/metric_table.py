@@ -14,9 +14,10 @@ adds (`instance`), the engines of one (`--replicas`) by `engine`, counted from 0
 histogram has `_bucket`, `_sum` and `_count`.
 
 Counts are made per step, chunk and request, from the report that a step sends to the host anyway. Branches of
-`freedave` count as its rule's commits, not as drafts. Strategies that decode from a frontier (`autoregressive`,
-`jacobi`, `verify`, `reorder`) know no blocks: they take no part in `linocut_blocks_finished_total` and the histograms
-of blocks. [deploy/](../deploy/README.md) has dashboards and alerts.
+`freedave` count as its rule's commits, not as drafts; segments that ran in part (`candidates` of `jacobi`) as whole
+ones. Strategies that decode from a frontier (`autoregressive`, `jacobi`, `verify`, `reorder`) know no blocks: they take
+no part in `linocut_blocks_finished_total` and the histograms of blocks. [deploy/](../deploy/README.md) has dashboards
+and alerts.
 """
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from converted import converted_folder
 from request_mix import STRATEGIES, mixed_requests
 from tiny_engines import FAMILIES, assert_empty, engine, prompt_of, request, run
 
+from linocut.engine import forecast
 from linocut.engine.core import EngineCore
 from linocut.engine.histogram import Distribution
 from linocut.engine.messages import Abort
@@ -22,7 +25,8 @@ MIX = {
     "causal": [{}, {"strategy": "jacobi", "draft_length": 5, "blocks": 3, "spawn_ratio": 0.4}, {"strategy": "jacobi"}],
     "llada": [{}, {"strategy": "static", "cache": "none", "denoising_steps": 3}],
     "wedlm": [{"strategy": "reorder"}, {"strategy": "jacobi"}, {"strategy": "autoregressive"}],
-    "sdar": [*STRATEGIES["sdar"], {"strategy": "edit"}, {"strategy": "freedave"}],
+    "sdar": [*STRATEGIES["sdar"], {"strategy": "edit"}, {"strategy": "freedave"}, {"strategy": "pipeline"}],
+    "sdar16": [*STRATEGIES["sdar16"], {"strategy": "pipeline", "threshold": 0.3}],
 }
 
 
@@ -76,6 +80,24 @@ def test_counters_agree_with_the_device(family: str, ahead: bool) -> None:
     stats = core.stats()
     assert stats.committed_tokens == sum(len(answer.tokens) for answer in answers.values())
     assert sum(answer.positions for answer in answers.values()) == device.ran
+
+
+@pytest.mark.parametrize("room", [None, 3, 16])
+@pytest.mark.parametrize("row_cost", [0.0, 0.2, None])
+def test_counters_agree_about_drafts(
+    room: int | None, row_cost: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verified drafting runs fewer rows than there is room for where they do not pay, or do not fit."""
+    core = engine("causal", model=str(converted_folder(tmp_path)))
+    if room is not None:
+        monkeypatch.setattr(forecast, "_FEW", room)
+        core.overlapping = True
+    device = Device(core)
+    asked = {"strategy": "verify", "draft_length": 7, **({} if row_cost is None else {"row_cost": row_cost})}
+    run(core, [request(core, str(n), prompt_of(5 + 9 * n, seed=n), 24 + n, asked) for n in range(8)], gap=2)
+    agree(core, device)
+    stats = core.stats()
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens or row_cost != 0.0
 
 
 @pytest.mark.parametrize("ahead", [False, True])
