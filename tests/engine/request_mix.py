@@ -32,9 +32,9 @@ STRATEGIES: dict[str, list[dict[str, Any]]] = {
     ],
     "causal": [
         {},
-        {"strategy": "jacobi", "draft_length": 5, "blocks": 3, "spawn_ratio": 0.4, "candidates": 4},
+        {"strategy": "jacobi", "draft_length": 5, "blocks": 3, "spawn_ratio": 0.4, "candidates": 4, "row_cost": 0.0},
         {"strategy": "jacobi", "draft_length": 2},
-        {"strategy": "jacobi", "draft_length": 16},
+        {"strategy": "jacobi", "draft_length": 16, "row_cost": 0.0},
     ],
 }
 SAMPLING: list[dict[str, Any]] = [
