@@ -67,6 +67,20 @@ def test_so_is_kv_found_in_the_prefix_cache(family: str) -> None:
     assert check.rows >= 8
 
 
+@pytest.mark.parametrize("family", ["wedlm", "causal"])
+def test_pages_of_one_token_share_prefixes_to_the_token(family: str) -> None:
+    """Where tokens see only earlier ones, whatever two prompts have in common need not be computed again."""
+    core = engine(family, page_size=1)
+    first = prompt_of(37)
+    run(core, [request(core, "first", first, 9)])
+    for common in (1, 12, 23, 36):
+        prompt = [*first[:common], *prompt_of(9, seed=common + 1)]
+        fresh = run(engine(family, page_size=1, prefix_caching=False), [request(core, "a", prompt, 9)])["a", 0]
+        found = run(core, [request(core, "a", prompt, 9)])["a", 0]
+        assert found.cached_tokens == common
+        assert found.text == fresh.text
+
+
 # ---------------------------------------------------------------------- the sub-block cache
 
 

@@ -51,7 +51,7 @@ def test_reaches_around_the_edge_of_a_step(first):
     check((q, k_cache, v_cache, layout), Config(16, 16, 1, 4, 2))
 
 
-@pytest.mark.parametrize("page_size", [8, 16, 32, 64])
+@pytest.mark.parametrize("page_size", [1, 8, 16, 32, 64])
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_page_sizes_and_head_dimensions(page_size, head_dim):
     case = ragged_case(21, widths=[4, 2], contexts=[90, 65], page_size=page_size, head_dim=head_dim, kv_heads=1)
