@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from linocut.engine import loading
+from linocut.engine import attention_choice, loading
 from linocut.engine.config import EngineConfig
 from linocut.engine.errors import ConfigError
 
@@ -17,14 +17,16 @@ def attention(golden: Path, **fields: object) -> str:
 
 
 def test_float32_on_a_cpu_takes_them_where_they_can_be_had(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load_native", lambda cache: True)
+    monkeypatch.setattr(attention_choice, "load_native", lambda cache: True)
+    # On a machine that has none of them, there is nothing to try.
+    monkeypatch.setattr(attention_choice, "attention_error", lambda *_: 0.0)
     assert attention(golden, dtype="float32", random_weights=True) == "native"
     assert attention(golden, dtype="float32", random_weights=True, attention="torch") == "torch"
     assert attention(golden, dtype="bfloat16", random_weights=True) == "torch"
 
 
 def test_torch_serves_without_a_compiler(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load_native", lambda cache: False)
+    monkeypatch.setattr(attention_choice, "load_native", lambda cache: False)
     assert attention(golden, dtype="float32") == "torch"
     with pytest.raises(ConfigError, match="a C compiler"):
         attention(golden, dtype="float32", attention="native")
