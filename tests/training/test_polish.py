@@ -102,7 +102,7 @@ def prompts(folder: Path) -> set[tuple[int, ...]]:
     return {tuple(ids[:length].tolist()) for ids, length in read_answers(folder)}
 
 
-FORCE = 6.0  # enough for a round of a hundred updates to tell
+FORCE = 12.0  # enough for a round of a hundred updates to tell
 
 
 def test_a_round_makes_right_rows_more_certain_and_certainty_forcing_is_why(made: Path, tmp_path: Path) -> None:
