@@ -20,6 +20,19 @@ from .view import Decision, LogitBias, RowView, Span, WindowStatistics
 
 Values = Mapping[str, ParameterValue]
 
+# A parameter of those that draft.
+RowCost = (
+    Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=1.0,
+            description="what a row must promise, in tokens, to be run; 0 runs all; default: by device and load",
+        ),
+    ]
+    | None
+)
+
 # Longest block of the families whose blocks exist only while decoding.
 MAX_BLOCK = 256
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...family import FamilyTraits
 from ..memory import Memory
 from ..ranking import ranks
-from ..strategy import GridParams, GridStrategy, Values
+from ..strategy import GridParams, GridStrategy, RowCost, Values
 from ..view import Decision, RowView, Span, WindowStatistics
 
 # Rows that the branches of a sequence may take together.
@@ -34,17 +34,7 @@ class FreeDaveParams(GridParams, frozen=True):
         Literal["confidence", "margin", "entropy", "sequential"],
         Meta(description="best first, or left to right"),
     ] = "confidence"
-    row_cost: (
-        Annotated[
-            float,
-            Meta(
-                ge=0.0,
-                le=1.0,
-                description="what a row must promise, in tokens, to be run; 0 runs all; default: by device and load",
-            ),
-        ]
-        | None
-    ) = None
+    row_cost: RowCost = None
 
 
 class FreeDave(GridStrategy):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...family import FamilyTraits
 from ..memory import Memory
 from ..spans import plan_frontier
-from ..strategy import FrontierStrategy, Values
+from ..strategy import FrontierStrategy, RowCost, Values
 from ..view import Decision, RowView, Span, WindowStatistics
 
 # Rows that a step may run from the last token on, blocks and recycled drafts together: any token budget has room.
@@ -41,17 +41,7 @@ class JacobiParams(msgspec.Struct, frozen=True):
             description="earlier forwards whose rejected drafts are tried again, as far as 256 rows hold them; 0: none",
         ),
     ] = 0
-    row_cost: (
-        Annotated[
-            float,
-            Meta(
-                ge=0.0,
-                le=1.0,
-                description="what a row must promise, in tokens, to be run; 0 runs all; default: by device and load",
-            ),
-        ]
-        | None
-    ) = None
+    row_cost: RowCost = None
 
 
 class Jacobi(FrontierStrategy):

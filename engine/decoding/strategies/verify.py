@@ -10,7 +10,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from ...family import FamilyTraits
-from ..strategy import FrontierStrategy, Values
+from ..strategy import FrontierStrategy, RowCost, Values
 from ..view import Decision, RowView, Span, WindowStatistics
 
 MAX_DRAFT = 12
@@ -24,17 +24,7 @@ class VerifyParams(msgspec.Struct, frozen=True):
     """Drafts from masks, verified by the clean rows of the next forward: the autoregressive text in fewer forwards."""
 
     draft_length: Annotated[int, Meta(ge=1, le=MAX_DRAFT, description="masks of a draft; default: the block size")] = 4
-    row_cost: (
-        Annotated[
-            float,
-            Meta(
-                ge=0.0,
-                le=1.0,
-                description="what a row must promise, in tokens, to be run; 0 runs all; default: by device and load",
-            ),
-        ]
-        | None
-    ) = None
+    row_cost: RowCost = None
 
 
 class Verify(FrontierStrategy):
