@@ -10,7 +10,6 @@ from torch.nn.functional import pad
 
 from linocut.kernels.attention import AttentionLayout, Pattern
 
-from .decoding.registry import strategy_classes
 from .decoding.view import Span
 from .family import FamilyTraits
 from .layout import StepInputs, StepShape
@@ -155,8 +154,7 @@ def build_batch(
         visible = _block_end(state, slot_of, places)
     else:
         visible = places + 1
-        strategies = strategy_classes()
-        if any(not strategies[group.strategy].frontier for group in shape.groups):
+        if any(not group.frontier for group in shape.groups):
             # Rows of a block that is not final see all of it.
             noisy = (inputs.on_grid[row_of] > 0) & (places >= span.clean_end[row_of])
             visible = torch.where(noisy, _block_end(state, slot_of, places), visible)
@@ -217,10 +215,10 @@ def _block_end(state: RowState, slot: Tensor, places: Tensor) -> Tensor:
 
 def _logit_rows(inputs: StepInputs, span: Span, start: Tensor, traits: FamilyTraits) -> LogitRows:
     row, nth = inputs.logit_row, inputs.logit_nth
-    # Targets first, in order: the nth target of a row is the nth entry of this permutation.
-    order = torch.sort((~span.targets).to(torch.uint8), dim=1, stable=True).indices
-    offset = order[row, nth.clamp(max=order.shape[1] - 1)]
-    valid = nth < span.targets.sum(dim=1)[row]
+    # The nth target of a row stands behind all offsets up to which there are no more than n.
+    known = span.targets.cumsum(dim=1)
+    offset = (known[row] <= nth[:, None]).sum(dim=1).clamp(max=known.shape[1] - 1)
+    valid = nth < known[row, -1]
     position = start[row] + offset.int()
     # What follows a frontier, or a clean forward that is asked, comes from the row before it.
     shift = ((inputs.refeeds > 0) | span.seeding)[row].int() if traits.logit_source == "own" else 1

@@ -13,9 +13,11 @@ from .decoding.advance import place_drafts
 from .decoding.strategies.verify import MAX_DRAFT
 from .decoding.view import RowView, WindowStatistics
 from .flags import SamplingFlags
+from .fusion import Fusion
 from .logit_rows import LogitRows
 from .models.decoder import Decoder
 from .models.draft_head import DraftHead
+from .parallel.vocabulary import VocabShare
 from .sampling import CHUNK, Sampler
 from .state import RowState
 
@@ -35,8 +37,16 @@ class _Proposals:
 class Drafter:
     """Turns hidden states of masks into drafts, and couples the proposals for a block."""
 
-    def __init__(self, decoder: Decoder, sampler: Sampler) -> None:
+    def __init__(self, decoder: Decoder, sampler: Sampler, fusion: Fusion) -> None:
         self._decoder, self._sampler = decoder, sampler
+        # Messages between ranks are none of torch.compile's business.
+        fused = fusion if decoder.share.ranks.size == 1 else Fusion(on=False)
+        self._covered, self._beside, self._best, self._place = (
+            fused(_covered),
+            fused(_beside),
+            fused(_best),
+            fused(_place),
+        )
 
     def draft(
         self,
@@ -67,12 +77,7 @@ class Drafter:
                 tokens.append(last)
                 confidences.append(sure)
             token, confidence = torch.stack(tokens, dim=1), torch.stack(confidences, dim=1)
-        count = torch.where(whole, valid.sum(dim=1), state.drafts[slots])
-        confidence = torch.where(valid, confidence, 0.0)
-        confidence = pad(confidence, (0, MAX_DRAFT - confidence.shape[1]))
-        place_drafts(state, slots, token, whole)
-        state.drafts[slots] = count.int()
-        state.draft_confidence[slots] = torch.where(whole[:, None], confidence, state.draft_confidence[slots])
+        self._place(state, slots, token, confidence, valid, whole)
 
     def couple(
         self,
@@ -133,17 +138,15 @@ class Drafter:
                 logits = share.fill(self._decoder.head(normed))
             self._sampler.ban(state, logits, part.slot, part.position, flags)
             values, top = share.top(logits, CANDIDATES)
-            covered = (values.float().logsumexp(1) - share.log_total(logits)).exp()
-            parts.append((normed, top, covered))
+            parts.append((normed, top, self._covered(share, values, logits)))
+        if len(parts) == 1:
+            return _Proposals(*parts[0])
         return _Proposals(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _choose(self, head: DraftHead, proposals: _Proposals, index: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """The best candidate of the entries `index` ([n]) behind the ids `last` ([n]), and its probability."""
-        candidates = proposals.top[index]
-        scores = head.scores(proposals.normed[index], last, candidates)
-        best = scores.argmax(dim=1, keepdim=True)
-        confidence = scores.float().softmax(dim=1).gather(1, best)[:, 0]
-        return candidates.gather(1, best)[:, 0], confidence * proposals.covered[index]
+        refined = head.refined(self._beside(head, proposals, index, last))
+        return self._best(head, proposals, index, refined)
 
     def _draw(
         self,
@@ -167,3 +170,31 @@ class Drafter:
         sampled = state.temperature[asked.slot] > 0
         sure = drawn.confidence * proposals.covered[index]
         return torch.where(sampled, drawn.token, token), torch.where(sampled, sure, confidence)
+
+
+def _covered(share: VocabShare, values: Tensor, logits: Tensor) -> Tensor:
+    """[rows]: the probability of the ids whose logits `values` ([rows, K]) are; logits: [rows, width]."""
+    return (values.float().logsumexp(1) - share.log_total(logits)).exp()
+
+
+def _beside(head: DraftHead, proposals: _Proposals, index: Tensor, last: Tensor) -> Tensor:
+    return head.beside(proposals.normed[index], last)
+
+
+def _best(head: DraftHead, proposals: _Proposals, index: Tensor, refined: Tensor) -> tuple[Tensor, Tensor]:
+    """The best candidate of each entry and its probability."""
+    candidates = proposals.top[index]
+    scores = head.among(proposals.normed[index], refined, candidates)
+    best = scores.argmax(dim=1, keepdim=True)
+    confidence = scores.float().softmax(dim=1).gather(1, best)[:, 0]
+    return candidates.gather(1, best)[:, 0], confidence * proposals.covered[index]
+
+
+def _place(state: RowState, slots: Tensor, token: Tensor, confidence: Tensor, valid: Tensor, whole: Tensor) -> None:
+    """Drafts of `slots` behind their new starts. token, confidence, valid: [rows, drafts]."""
+    count = torch.where(whole, valid.sum(dim=1), state.drafts[slots])
+    confidence = torch.where(valid, confidence, 0.0)
+    confidence = pad(confidence, (0, MAX_DRAFT - confidence.shape[1]))
+    place_drafts(state, slots, token, whole)
+    state.drafts[slots] = count.int()
+    state.draft_confidence[slots] = torch.where(whole[:, None], confidence, state.draft_confidence[slots])

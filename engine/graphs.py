@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import StepInputs, StepLayout, StepShape, array_size, step_inputs
+from .layout import StepLayout, StepShape, array_size
 
 # Steps of more positions are not captured. Where positions times parameters pass the third number, the device is slower
 # than the host that launches kernel after kernel; and steps that large are mostly prefill, whose sizes differ.
@@ -20,7 +20,7 @@ MAX_GRAPHS = 256
 
 log = logging.getLogger("linocut.engine")
 
-Step = Callable[[StepShape, StepInputs], Tensor]
+Step = Callable[[StepShape, Tensor], Tensor]
 
 
 @dataclass
@@ -93,6 +93,6 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on meanwhile, as NCCL's own does.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._step(shape, step_inputs(array, shape))
+            result = self._step(shape, array)
         self._captured[key] = captured = _Captured(graph, array, result)
         return captured

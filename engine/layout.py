@@ -25,7 +25,7 @@ class Group:
     """Rows [first, last) of a step: one strategy, one window width.
 
     segments: the most draft segments of a row, 1 for any number where only their masks are asked; segment: rows of the
-    longest one. causal: their rows see no later ones.
+    longest one. causal: their rows see no later ones. frontier: of the strategy.
     """
 
     strategy: str
@@ -35,6 +35,7 @@ class Group:
     segments: int
     segment: int
     causal: bool
+    frontier: bool
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def lay_out(
                 segments if idle is None or not segments else _power(segments) if classes[strategy].branches else 1,
                 max(row.segment for row in mine) if segments else 0,
                 classes[strategy].branches and classes[strategy].frontier,
+                classes[strategy].frontier,
             )
         )
         places += range(len(order), len(order) + last - first)
@@ -173,7 +175,7 @@ def lay_out(
         targets,
         [0 if row is None else row.segments for row in order],
         [1 if row is None else max(row.segment, 1) for row in order],
-        [int(not classes[g.strategy].frontier) for g in groups for _ in range(g.first, g.last)],
+        [int(not g.frontier) for g in groups for _ in range(g.first, g.last)],
         [int(classes[g.strategy].refeeds) for g in groups for _ in range(g.first, g.last)],
         [int(g.causal) for g in groups for _ in range(g.first, g.last)],
         starts,

@@ -79,7 +79,7 @@ class StepPlan:
     """One forward: state changes first, then the rows. Rows of one strategy stand together.
 
     keeps: (slot, key) of rows that were preempted, whose strategy's memory is to be kept. forgets: keys of sequences
-    that will not come back.
+    that will not come back. learning: compile what is met for the first time (see `Fusion`).
     """
 
     admissions: list[Admission] = field(default_factory=list)
@@ -87,6 +87,7 @@ class StepPlan:
     rows: list[RowPlan] = field(default_factory=list)
     keeps: list[tuple[int, int]] = field(default_factory=list)
     forgets: list[int] = field(default_factory=list)
+    learning: bool = False
 
 
 class RowReport(msgspec.Struct, frozen=True, gc=False):

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .batch import build_batch, cap_span, concat_spans
-from .decoding.advance import advance, guard, row_view
 from .decoding.registry import build_strategies
 from .decoding.strategy import Equipment, Strategy
 from .decoding.view import Decision, RowView, Span, WindowStatistics
@@ -16,16 +14,18 @@ from .drafting import Drafter
 from .family import FamilyTraits
 from .flags import SamplingFlags, flags_of, is_smoothed
 from .flight import Flight
+from .fusion import Fusion
 from .graphs import StepGraphs, most_positions
 from .groups import no_statistics, span_of, stand, statistics_of
-from .layout import Group, StepInputs, StepLayout, StepShape, lay_out, step_inputs
+from .layout import Group, StepInputs, StepLayout, StepShape, lay_out
 from .logit_rows import LogitRows, window_index
 from .models.decoder import Decoder, KVCache
 from .plan import Admission, StepPlan
 from .prices import marginal_cost
 from .sampling import CHUNK, Sampler, to_segments, to_window
-from .segments import certain_sources, draft_rows, segment_rows, segments_run
+from .segments import certain_sources, draft_rows, segment_rows
 from .smoothing import Mixer, make_room
+from .stages import prepare, report, settle
 from .state import RowState, admit_rows, grant_pages
 from .transfer import to_device
 
@@ -67,6 +67,9 @@ class ModelRunner:
         self.decoder, self.cache, self.state, self.traits = decoder, cache, state, traits
         self._most = most_positions(decoder.backbone.parameters)
         self.graphs = StepGraphs(self.step, state.device, self._most) if graphs else None
+        self.fusion = Fusion(graphs)
+        self._prepare, self._settle, self._report = self.fusion(prepare), self.fusion(settle), self.fusion(report)
+        self._to_window, self._draft_rows = self.fusion(to_window), self.fusion(draft_rows)
         # Whether sizes of small steps are rounded up.
         self.rounding = graphs
         self.row_share = row_share
@@ -75,7 +78,7 @@ class ModelRunner:
         self.stop_at_block_end = reference and traits.logit_source == "own"
         banned = (*traits.banned_ids, *(() if traits.mask_id is None else (traits.mask_id,)))
         self.sampler = Sampler(banned, reference, decoder.backend, state.device, decoder.share)
-        self.drafter = Drafter(decoder, self.sampler)
+        self.drafter = Drafter(decoder, self.sampler, self.fusion)
         self._flags: dict[int, SamplingFlags] = {}
         self._windows: dict[int, int] = {}
         self._idle: dict[str, int] = {}
@@ -96,23 +99,18 @@ class ModelRunner:
             began.record()
         packed = self.graphs.run(layout, self._state_version()) if self.graphs is not None else None
         if packed is None:
-            inputs = step_inputs(to_device(layout.array, self.state.device), layout.shape)
-            packed = self.step(layout.shape, inputs, layout.lengths)
+            packed = self.step(layout.shape, to_device(layout.array, self.state.device), layout.lengths)
         return Flight(layout, packed, began)
 
-    def step(self, shape: StepShape, inputs: StepInputs, lengths: list[int] | None = None) -> Tensor:
+    def step(self, shape: StepShape, array: Tensor, lengths: list[int] | None = None) -> Tensor:
         """One forward and what follows from it, on the device alone. Returns the packed reports of all rows, flat.
 
-        Depends on nothing of the host but `shape`, so that it can be captured. lengths: positions of each row, which
-        spare a CPU the question.
+        Depends on nothing of the host but `shape`, so that it can be captured. array: see `step_inputs`. lengths:
+        positions of each row, which spare a CPU the question.
         """
         state, traits = self.state, self.traits
-        views = [row_view(state, inputs.slots[g.first : g.last], g.window) for g in shape.groups]
-        spans = [self.strategies[g.strategy].plan(v, traits) for g, v in zip(shape.groups, views, strict=True)]
-        span, whole = cap_span(concat_spans(spans), inputs, state.finished[inputs.slots])
-        start = torch.cat([view.start for view in views]) if len(views) > 1 else views[0].start
-
-        batch = build_batch(state, shape, inputs, span, start, traits, self.cache.page_size, lengths)
+        ready = self._prepare(state, shape, array, self.strategies, traits, self.cache.page_size, lengths)
+        inputs, span, batch = ready.inputs, ready.span, ready.batch
         hidden = self.decoder.forward(
             batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy, batch.added
         )
@@ -127,15 +125,14 @@ class ModelRunner:
                 logits, ahead = both[: shape.logits], both[shape.logits :]
             to_logits = self.decoder.logits if logits is None else lambda rows, known=logits: known
             found = self.sampler.propose(state, hidden, batch.logits, seeding, to_logits, shape.flags, mixer=mixer)
-            statistics = to_window(batch.logits, found, shape.rows, width)
+            statistics = self._to_window(batch.logits, found, shape.rows, width)
         else:
             statistics = no_statistics(shape.rows, width, shape.flags, state.device)
         forward = Forward(shape, inputs, hidden, batch.logits, ahead)
-
-        packed = []
-        for group, view in zip(shape.groups, views, strict=True):
-            view.whole = whole[group.first : group.last]
-            packed.append(self._advance(group, view, span_of(span, group), statistics_of(statistics, group), forward))
+        packed = [
+            self._advance(group, view, span_of(span, group), statistics_of(statistics, group), forward)
+            for group, view in zip(shape.groups, ready.views, strict=True)
+        ]
         return torch.cat([table.flatten() for table in packed]) if len(packed) > 1 else packed[0].flatten()
 
     def _lay_out(self, plan: StepPlan) -> StepLayout:
@@ -181,29 +178,11 @@ class ModelRunner:
                 )
         if strategy.branches and span.segments is not None and group.segments:
             statistics.segments = self._segment_statistics(strategy, group, view, span.segments, forward)
-        decision: Decision = guard(view, statistics, strategy.decide(view, statistics, self.traits))
-        outcome = advance(self.state, view, span, decision, self.traits, strategy, self.stop_at_block_end)
+        state, traits = self.state, self.traits
+        decision, outcome = self._settle(state, view, span, statistics, traits, strategy, self.stop_at_block_end)
         if decision.accepted is not None and span.segments is not None:
             self._draft(group, view, span.segments, decision, decision.accepted, forward)
-        # The load changes from step to step; a plan that the host has been told of must not.
-        asked = view.parameters["row_cost"]
-        self.state.row_cost[view.slots] = torch.where(asked < 0, forward.inputs.row_cost, asked)
-        after = row_view(self.state, view.slots, group.window)
-        coming = strategy.plan(after, self.traits)
-        none = ran = torch.zeros_like(after.start)
-        if span.segments is not None and group.segments:
-            ran = segments_run(group, forward.inputs, span.segments)
-        columns = [
-            after.start,
-            after.final_len,
-            after.step,
-            coming.run_start,
-            coming.run_end - coming.run_start,
-            coming.targets.sum(dim=1),
-            none if coming.segments is None else (coming.segments >= 0).sum(dim=1),
-            ran,
-        ]
-        return torch.cat([torch.stack([c.int() for c in columns], dim=1), outcome], dim=1)
+        return self._report(state, group, view, span, forward.inputs, traits, strategy, outcome)
 
     def _draft(
         self,
@@ -218,7 +197,7 @@ class ModelRunner:
         if not group.segments:
             self.state.drafts[view.slots] = torch.where(whole, 0, view.drafts)
             return
-        rows = draft_rows(group, forward.inputs, view.slots, segments, view.start, accepted, self._lead)
+        rows = self._draft_rows(group, forward.inputs, view.slots, segments, view.start, accepted, self._lead)
         last = decision.tokens.gather(1, accepted[:, None])[:, 0]
         flags = forward.shape.flags
         self.drafter.draft(self.state, forward.hidden, rows, flags, view.slots, last, whole, forward.ahead)

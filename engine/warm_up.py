@@ -28,7 +28,19 @@ def warm_up(core: EngineCore, decoding: DecodingParams | None = None, clients: t
 
     decoding: how; None: the engine's default. The engine must be idle.
     """
-    info, began = core.info, time.perf_counter()
+    began, fusion, graphs = time.perf_counter(), core.runner.fusion, core.runner.graphs
+    with fusion.learning():
+        _answer(core, decoding, clients)
+    core.scheduler.prefix.clear()
+    core.scheduler.prefix.query_tokens = core.scheduler.prefix.hit_tokens = 0
+    core.scheduler.counters, core.clock = SchedulerCounters(), StepClock()
+    if graphs is not None:
+        log.info("warmed up in %.1f s: %d shapes of steps", time.perf_counter() - began, graphs.captures)
+        graphs.replays = graphs.captures = graphs.padding = 0
+
+
+def _answer(core: EngineCore, decoding: DecodingParams | None, clients: tuple[int, ...]) -> None:
+    info = core.info
     decoding = decoding or DecodingParams(strategy=info.default_strategy, values=info.default_parameters)
     draw = random.Random(0)
     special = {*info.stop_ids, *info.banned_ids, info.mask_id}
@@ -50,9 +62,3 @@ def warm_up(core: EngineCore, decoding: DecodingParams | None = None, clients: t
                     core.add(AddRequest(request_id=name, prompt=prompt, sampling=sampling, decoding=decoding))
                 while core.busy:
                     core.step()
-    core.scheduler.prefix.clear()
-    core.scheduler.prefix.query_tokens = core.scheduler.prefix.hit_tokens = 0
-    core.scheduler.counters, core.clock = SchedulerCounters(), StepClock()
-    if (graphs := core.runner.graphs) is not None:
-        log.info("warmed up in %.1f s: %d shapes of steps", time.perf_counter() - began, graphs.captures)
-        graphs.replays = graphs.captures = graphs.padding = 0

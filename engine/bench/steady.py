@@ -106,9 +106,11 @@ def steady_load(
     """
     names = _admit(core, decoding, sequences, context)
     try:
-        while core.scheduler.waiting or any(s.prefilling for s in core.scheduler.running):
-            core.step()
-        yield _warm(core, cycle, warm_seconds)
+        with core.runner.fusion.learning():
+            while core.scheduler.waiting or any(s.prefilling for s in core.scheduler.running):
+                core.step()
+            pace = _warm(core, cycle, warm_seconds)
+        yield pace
         if len(core.scheduler.running) != sequences:
             raise RuntimeError(f"{sequences - len(core.scheduler.running)} of {sequences} sequences ended, or waited")
     finally:
@@ -132,7 +134,8 @@ def _warm(core: EngineCore, cycle: int, seconds: float) -> float:
     """Step until nothing is captured any more; returns seconds a step of the last steps."""
     for _ in range(_LEAD):
         core.step()
-    began, steps = time.perf_counter(), 0
+    began, steps, fusion = time.perf_counter(), 0, core.runner.fusion
+    compiling = fusion.seconds
     while True:
         before, start = core.stats(), time.perf_counter()
         turns = min(max(cycle, 4), 8)
@@ -142,7 +145,8 @@ def _warm(core: EngineCore, cycle: int, seconds: float) -> float:
         steps += turns
         # A shape is captured when it comes again; forwards that are too large never are.
         replayed, captured = after.graph_forwards > before.graph_forwards, after.graph_captures > before.graph_captures
-        if not replayed or now - began > seconds or (steps >= 2 * cycle and not captured) or steps >= _WARM_STEPS:
+        spent = now - began - (fusion.seconds - compiling)
+        if not replayed or spent > seconds or (steps >= 2 * cycle and not captured) or steps >= _WARM_STEPS:
             return (now - start) / turns
 
 

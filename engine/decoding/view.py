@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .columns import Parameters
+
+T = TypeVar("T")
+
+
+class once(Generic[T]):
+    """functools.cached_property without its lock, which torch.compile does not see through."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute, self._name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        value = self._compute(instance)
+        setattr(instance, self._name, value)
+        return value
 
 
 @dataclass
@@ -50,17 +65,17 @@ class RowView:
     def width(self) -> int:
         return self.tokens.shape[1]
 
-    @cached_property
+    @once
     def offsets(self) -> Tensor:
         """[W] int32"""
         return torch.arange(self.width, device=self.start.device, dtype=torch.int32)
 
-    @cached_property
+    @once
     def places(self) -> Tensor:
         """[rows, W] int32, the positions of the window."""
         return self.start[:, None] + self.offsets
 
-    @cached_property
+    @once
     def inside(self) -> Tensor:
         """[rows, W] bool, positions of the row's own blocks: windows of a batch are as wide as its widest. The last
         block of a text is whole, but that of a full-attention canvas ends with it."""
@@ -68,12 +83,12 @@ class RowView:
         block = self.start[:, None] + self.offsets // self.block[:, None] * self.block[:, None]
         return within & (torch.where((self.canvas > 0)[:, None], self.places, block) < self.limit[:, None])
 
-    @cached_property
+    @once
     def generated(self) -> Tensor:
         """[rows, W] bool, positions of the blocks behind the prompt."""
         return self.inside & (self.places >= self.prompt_len[:, None])
 
-    @cached_property
+    @once
     def masked(self) -> Tensor:
         """[rows, W] bool, undecided positions of the blocks."""
         return self.inside & ~self.decided

@@ -44,9 +44,20 @@ class DraftHead:
 
     def scores(self, hidden: Tensor, last: Tensor, candidates: Tensor) -> Tensor:
         """hidden: [rows, hidden], final-normed; last: [rows] ids; candidates: [rows, K] ids. Returns [rows, K]."""
+        return self.among(hidden, self.refined(self.beside(hidden, last)), candidates)
+
+    def beside(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """[h ; e], [rows, 2 * hidden]."""
         before = self._share.embed(last, self._words).float()
         before = before * torch.rsqrt(before.square().mean(-1, keepdim=True).clamp_min(1e-12))
-        refined = self._outputs(silu(self._inputs(torch.cat([hidden, before.to(hidden.dtype)], 1))))
+        return torch.cat([hidden, before.to(hidden.dtype)], 1)
+
+    def refined(self, beside: Tensor) -> Tensor:
+        """What is added to h, [rows, hidden]."""
+        return self._outputs(silu(self._inputs(beside)))
+
+    def among(self, hidden: Tensor, refined: Tensor, candidates: Tensor) -> Tensor:
+        """E · u of the candidates, [rows, K]."""
         return self._share.scores(hidden + refined, candidates, self._head)
 
 

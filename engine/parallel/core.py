@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -60,7 +61,9 @@ def follow(ranks: Ranks, config: EngineConfig, endpoints: list[str]) -> None:
         decode = msgspec.msgpack.Decoder(StepPlan).decode
         while message := inbox.recv():
             # The reports that count are those of rank 0, which is never more than one step ahead of them.
-            runner.launch(decode(message))
+            plan = decode(message)
+            with runner.fusion.learning(plan.learning):
+                runner.launch(plan)
 
 
 class ParallelCore(EngineCore):
@@ -82,7 +85,7 @@ class ParallelCore(EngineCore):
             raise
 
     def launch(self, plan: StepPlan) -> Flight | None:
-        self._plans.send(plan)
+        self._plans.send(replace(plan, learning=self.runner.fusion.is_learning))
         try:
             return super().launch(plan)
         except Exception as error:

@@ -81,7 +81,8 @@ def _answers(
     core: EngineCore, decoding: DecodingParams, settings: Settings, prompts: list[list[int]], clients: int
 ) -> Row:
     requests = settings.asked(clients)
-    run_clients(core, decoding, prompts, clients, requests, _rehearsed(settings, clients))
+    with core.runner.fusion.learning():
+        run_clients(core, decoding, prompts, clients, requests, _rehearsed(settings, clients))
     found = run_clients(core, decoding, prompts, clients, requests, settings.tokens)
     per_forward = found.tokens / max(found.forwards, 1)
     return {**asdict(found), "tokens_per_second": found.tokens_per_second, "tokens_per_forward": per_forward}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from linocut.engine.core import EngineCore
-from linocut.engine.layout import StepLayout, StepShape, step_inputs
+from linocut.engine.layout import StepLayout, StepShape
 from linocut.engine.runner import ModelRunner
 
 
@@ -21,7 +21,7 @@ class Replays:
     def run(self, layout: StepLayout, version: object) -> Tensor | None:
         shape = self.shapes.setdefault(layout.shape, layout.shape)
         self.replays += 1
-        return self._runner.step(shape, step_inputs(torch.from_numpy(layout.array), shape))
+        return self._runner.step(shape, torch.from_numpy(layout.array))
 
 
 def replaying(core: EngineCore) -> Replays:

@@ -11,7 +11,7 @@ from replays import replaying
 from tiny_engines import GOLDEN, engine, prompt_of, request, run
 from torch.overrides import TorchFunctionMode
 
-from linocut.engine import runner
+from linocut.engine import stages
 from linocut.engine.core import EngineCore
 from linocut.engine.decoding.parameters import valid_names
 from linocut.engine.decoding.registry import offered, strategy_classes
@@ -185,7 +185,7 @@ def test_nothing_that_a_strategy_does_waits_for_the_device(
     for name in ("plan", "bias", "decide"):
         monkeypatch.setattr(one, name, watched(getattr(one, name)))
     for name in ("guard", "advance", "row_view", "cap_span", "concat_spans", "build_batch"):
-        monkeypatch.setattr(runner, name, watched(getattr(runner, name)))
+        monkeypatch.setattr(stages, name, watched(getattr(stages, name)))
     run(core, requests_of(core, family, strategy))
     assert calls > 10
 
