@@ -58,8 +58,10 @@ def triton_projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
     programs = triton.cdiv(features, _FEATURES)
-    # Many programs share a processor, which hides their starts; one that is alone has to have more in flight.
-    block_k, num_stages = (128, 3) if programs > 256 or inner % 256 else (256, 4)
+    # Many programs share a processor, which hides their starts; one that is alone has to have more in flight, for
+    # which float32 leaves no room.
+    shared = programs > 256 or inner % 256 or x.element_size() > 2
+    block_k, num_stages = (128, 3) if shared else (256, 4)
     _projection_kernel[(programs,)](
         x, weight, x if bias is None else bias, out, tokens, features, inner, x.stride(0),
         BIAS=bias is not None, TOKENS=max(16, triton.next_power_of_2(tokens)), BLOCK_N=_FEATURES, BLOCK_K=block_k,

@@ -108,6 +108,7 @@ def triton_rope_and_cache_write(
         HALF=half, BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(rest) if rest > 0 else 0,
         BLOCK_HEAD=triton.next_power_of_2(head_dim), HEADS=tile_heads, num_warps=2,
+        enable_fp_fusion=False,  # or float16 products go into sums unrounded
         **overlap(q.device, tokens),
     )  # fmt: skip
     return out

@@ -42,6 +42,7 @@ def trace_one(core: EngineCore, request: AddRequest, strangers: list[AddRequest]
 
     `strangers` join `delay` steps before it, and once more, under other names, while it runs.
     """
+    core.overlapping = False
     for stranger in strangers:
         core.add(stranger)
     for _ in range(delay):
@@ -63,7 +64,11 @@ def trace_one(core: EngineCore, request: AddRequest, strangers: list[AddRequest]
 
 
 def step_traced(core: EngineCore, name: str, trace: Trace, before: Callable[[StepPlan], None] | None = None) -> None:
-    """One engine step; adds what it did to the sequence `name` to `trace`. `before` may change the rows' state."""
+    """One engine step; adds what it did to the sequence `name` to `trace`. `before` may change the rows' state.
+
+    No other step is under way then: from here on the engine does not run ahead any more.
+    """
+    core.overlapping = False
     plan = core.scheduler.schedule()
     if before is not None:
         core.launch(dataclasses.replace(plan, rows=[]))

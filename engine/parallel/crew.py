@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
+from .peers import peer_sums
 from .process import Process
 from .ranks import Ranks
 
@@ -143,7 +144,8 @@ def join(rank: int, size: int, meeting: Path, device: torch.device) -> Ranks:
         torch.set_num_threads(max(torch.get_num_threads() // size, 1))
     names = [name for _, name in socket.if_nameindex()]
     loopback = next((name for name in ("lo", "lo0") if name in names), None)
-    return enter(rank, size, FileStore(str(meeting), size), device, loopback)
+    enter(rank, size, FileStore(str(meeting), size), device, loopback)
+    return Ranks(rank, size, device, peer_sums(rank, size, device))
 
 
 def enter(rank: int, size: int, store: Store, device: torch.device, interface: str | None) -> Ranks:

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .peers import PeerSums
+
 # torch 2.13 renames it.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -17,14 +19,21 @@ class Ranks:
     own, and has no device yet.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, device: torch.device | None = None, peers: PeerSums | None = None
+    ) -> None:
+        """peers: sum what they take."""
         self.rank, self.size, self.device = rank, size, device
+        self._peers = peers
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, contiguous; in the place of `x` where that is."""
-        if self.size > 1:
-            x = x.contiguous()
-            dist.all_reduce(x)
+        """The sum over the ranks, contiguous; perhaps in the place of `x`."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        if self._peers is not None and self._peers.take(x):
+            return self._peers.sum(x)
+        dist.all_reduce(x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
