@@ -99,13 +99,19 @@ def _forwards(core: EngineCore, pace: Pace, variant: Variant, settings: Settings
 
 
 def _profiles(core: EngineCore, pace: Pace, variant: Variant, settings: Settings, sheet: Sheet) -> None:
+    """Where a step's time goes; the first one's trace is put beside the sheet."""
     for mode, asked in variant.modes.items():
         at = _usual(core, mode, asked)
         for count in settings.profiled:
+            trace = None
+            if count == settings.profiled[0] and mode == next(iter(variant.modes)):
+                trace = sheet.path.with_name(f"{variant.name}.trace.json.gz")
 
-            def measure(at: Paced = at, count: int = count) -> dict[str, Any]:
+            def measure(at: Paced = at, count: int = count, trace: Path | None = trace) -> dict[str, Any]:
                 context = _on_grid(core, settings.contexts[0])
-                return asdict(profile_steps(core, first_of(pace, at), count, context, warm_seconds=settings.warm))
+                decoding = first_of(pace, at)
+                found = profile_steps(core, decoding, count, context, warm_seconds=settings.warm, trace=trace)
+                return asdict(found)
 
             sheet.attempt(measure, point="profile", mode=mode, asked=count)
 

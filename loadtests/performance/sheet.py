@@ -16,7 +16,7 @@ class Sheet:
     """One file of rows. head: what all of them have in common. deadline: of `time.monotonic`, no row begins later."""
 
     def __init__(self, path: Path, head: Row, deadline: float = float("inf")) -> None:
-        self._path, self._deadline = path, deadline
+        self.path, self._deadline = path, deadline
         self.head = head
         self.rows: list[Row] = []
         self.failures = 0
@@ -50,11 +50,11 @@ class Sheet:
         self._write()
 
     def _write(self) -> None:
-        partial = self._path.with_name(self._path.name + ".partial")
+        partial = self.path.with_name(self.path.name + ".partial")
         lines = ",\n".join("  " + json.dumps(_rounded(row)) for row in self.rows)
         head = json.dumps(self.head, indent=1)[:-2]
         partial.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
-        os.replace(partial, self._path)
+        os.replace(partial, self.path)
 
 
 def _rounded(value: Any) -> Any:

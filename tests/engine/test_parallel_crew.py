@@ -22,6 +22,7 @@ from tiny_engines import GOLDEN, prompt_of
 from linocut.engine.config import EngineConfig
 from linocut.engine.cores import load_core
 from linocut.engine.errors import ConfigError, EngineDead
+from linocut.engine.fusion import Fusion
 from linocut.engine.geometry import Geometry
 from linocut.engine.llm import LLM
 from linocut.engine.machine import choose_device, is_out_of_memory
@@ -126,6 +127,8 @@ def test_a_failed_forward_is_the_end_and_never_tried_again() -> None:
     """Even where one rank runs out of memory and would fit a smaller one: the others are elsewhere by then."""
 
     class Runner:
+        fusion = Fusion(on=False)
+
         def launch(self, plan: StepPlan) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
