@@ -33,7 +33,7 @@ class Fusion:
     to the same effect. backend: of torch.compile. seconds: spent in stages while learning.
     """
 
-    def __init__(self, on: bool, backend: str = "inductor") -> None:
+    def __init__(self, on: bool, backend: str | Callable[..., Any] = "inductor") -> None:
         self.on, self._backend = on, backend
         self._stance = "force_eager"
         self.is_learning, self.seconds = False, 0.0
