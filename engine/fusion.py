@@ -66,8 +66,10 @@ class Fusion:
             if not self.on:
                 return stage(*args)
             began = time.perf_counter()
+            # Within the capture of a graph a compilation would be an error of the device.
+            stance = "eager_on_recompile" if _is_capturing() else self._stance
             try:
-                with torch.compiler.set_stance(self._stance):
+                with torch.compiler.set_stance(stance):
                     return fused(*args)
             except torch._dynamo.exc.TorchDynamoException as error:
                 # Raised before anything ran. What is left are more launches.
@@ -79,3 +81,7 @@ class Fusion:
                     self.seconds += time.perf_counter() - began
 
         return run  # type: ignore[return-value]
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -80,6 +80,10 @@ class StepGraphs:
         self.padding += shape.tokens - layout.tokens
         return captured.result
 
+    def forget_seen(self) -> None:
+        """What is not captured yet runs twice again before it is."""
+        self._seen.clear()
+
     def clear(self) -> None:
         """Forget all graphs: what they hold of a process group must be gone before it ends."""
         self._captured.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,6 +87,15 @@ class ModelRunner:
         self._spare = list(range(rows, state.start.shape[0]))
         # What preempted rows' strategies remembered, by the key of the sequence.
         self._kept: dict[int, dict[str, Tensor]] = {}
+
+    @contextmanager
+    def learning(self, really: bool = True) -> Iterator[None]:
+        """Within it, what is met for the first time is compiled (see `Fusion`). really: False changes nothing."""
+        if really and self.graphs is not None:
+            # A first run compiles, and only the second one may be captured.
+            self.graphs.forget_seen()
+        with self.fusion.learning(really):
+            yield
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Flight | None:

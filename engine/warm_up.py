@@ -28,8 +28,8 @@ def warm_up(core: EngineCore, decoding: DecodingParams | None = None, clients: t
 
     decoding: how; None: the engine's default. The engine must be idle.
     """
-    began, fusion, graphs = time.perf_counter(), core.runner.fusion, core.runner.graphs
-    with fusion.learning():
+    began, graphs = time.perf_counter(), core.runner.graphs
+    with core.runner.learning():
         _answer(core, decoding, clients)
     core.scheduler.prefix.clear()
     core.scheduler.prefix.query_tokens = core.scheduler.prefix.hit_tokens = 0

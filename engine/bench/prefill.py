@@ -39,7 +39,7 @@ def measure_prefill(
         began = time.perf_counter()
         for index, prompt in enumerate(bench_prompts(sequences, length, core.info.vocab_size)):
             core.add(AddRequest(request_id=f"{turn}-{index}", prompt=prompt, sampling=sampling, decoding=decoding))
-        with core.runner.fusion.learning(turn < 2):
+        with core.runner.learning(turn == 0):
             while core.busy:
                 for output in core.step():
                     if output.token_ids:

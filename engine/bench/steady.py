@@ -106,7 +106,7 @@ def steady_load(
     """
     names = _admit(core, decoding, sequences, context)
     try:
-        with core.runner.fusion.learning():
+        with core.runner.learning():
             while core.scheduler.waiting or any(s.prefilling for s in core.scheduler.running):
                 core.step()
             pace = _warm(core, cycle, warm_seconds)

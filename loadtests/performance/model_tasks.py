@@ -81,7 +81,7 @@ def _answers(
     core: EngineCore, decoding: DecodingParams, settings: Settings, prompts: list[list[int]], clients: int
 ) -> Row:
     requests = settings.asked(clients)
-    with core.runner.fusion.learning():
+    with core.runner.learning():
         run_clients(core, decoding, prompts, clients, requests, _rehearsed(settings, clients))
     found = run_clients(core, decoding, prompts, clients, requests, settings.tokens)
     per_forward = found.tokens / max(found.forwards, 1)

@@ -23,6 +23,9 @@ class Replays:
         self.replays += 1
         return self._runner.step(shape, torch.from_numpy(layout.array))
 
+    def forget_seen(self) -> None:
+        """It has captured what it has seen."""
+
 
 def replaying(core: EngineCore) -> Replays:
     """Let a fresh engine on the CPU run its steps as a GPU would."""
