@@ -73,7 +73,7 @@ def serve(
         int, typer.Option(help="GPUs that hold the model together: of this host, or of Ray's.")
     ] = 1,
     numerics: Annotated[str, typer.Option(help="fast, or reference: the model authors' own arithmetic")] = "fast",
-    eager: Annotated[bool, typer.Option("--eager", help="No CUDA graphs.")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="No CUDA graphs, and nothing compiled at the start.")] = False,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="For load tests: of the model only config.json and the tokenizer.")
     ] = False,
