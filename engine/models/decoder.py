@@ -27,6 +27,7 @@ from .few_rows import FewRowsLinear, has_few_rows_kernel
 from .linear import DenseLinear, pack_linear
 from .moe import MoeMlp
 from .names import NamedWeights
+from .whole_layers import whole_layers
 
 Linear = Callable[[Tensor], Tensor]
 Projection = Linear | Adapter
@@ -126,7 +127,8 @@ class Decoder:
             packed = pack_linear(weight, bias, mode, backend)
             return FewRowsLinear.over(packed) if few_rows and isinstance(packed, DenseLinear) else packed
 
-        self.head = pack(head, None, "none")
+        import os
+        self.head = pack(head, None, "int8" if quantization=="int8" and backend == "native" and not os.environ.get("EXACT_HEAD") else "none")
         self.draft_head = None
         if draft_head:
             self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share, backend)
@@ -163,6 +165,8 @@ class Decoder:
                 )
             )
 
+        self._whole = whole_layers(self.layers, self.part, self.rope, self.backend)
+
     def forward(
         self,
         ids: Tensor,
@@ -189,6 +193,9 @@ class Decoder:
             residual = torch.where(masks[:, None], self.mask_embedding, residual)
         if added is not None:
             residual = residual + added
+        if self._whole is not None and self.query_scale is None:
+            noisy_rows = None if gate is None else gate.indices
+            return self._whole.run(residual, positions, slots, cache.keys, cache.values, layout, noisy_rows)
         x = rms_norm(residual, self.layers[0].input_norm, b.norm_eps, self.fused_norm, backend=self.backend)
         for index, layer in enumerate(self.layers):
             qkv = _project(layer.qkv, x, gate).view(-1, sum(sizes), b.head_dim)

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from linocut.kernels.backend import Backend
+from linocut.kernels.linear_int8 import Int8Weight
 from linocut.kernels.linear_native import MOST_INPUTS, NativeWeight
 
 from ..errors import ConfigError
@@ -59,6 +60,8 @@ def pack_linear(
     """
     on_cpu = weight.device.type == "cpu"
     if mode == "int8":
+        if on_cpu and backend == "native" and has_vnni():
+            return NativeInt8Linear(weight.float(), bias)
         if not (on_cpu and _has_fbgemm()):
             raise ConfigError("quantization int8 needs an x86 CPU with AVX2: use quantization none")
         return Int8Linear(weight, bias)
@@ -122,6 +125,16 @@ class NativeLinear:
         return self.weight.multiply(x, self._bias)
 
 
+class NativeInt8Linear:
+    """8-bit activations by row and group of 32 inputs, weights in 4 or 8 bits (`kernels/linear_int8.py`)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = Int8Weight(weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.weight.multiply(x)
+
+
 class OneDnnLinear:
     """oneDNN's blocked layout, for bfloat16, and for float32 weights that need float32.
 
@@ -154,7 +167,7 @@ class Int8Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         weight = weight.float()
-        levels = 127 if _has_vnni() else 63
+        levels = 127 if has_vnni() else 63
         scales = weight.abs().amax(1).clamp_min(1e-8).double() / levels  # [out]
         zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
         with warnings.catch_warnings():
@@ -198,7 +211,7 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def _has_vnni() -> bool:
+def has_vnni() -> bool:
     return bool(torch.cpu._is_vnni_supported())
 
 
