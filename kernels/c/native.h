@@ -28,7 +28,7 @@ static inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 /* Before a loop over a small constant: what it indexes then stays in registers. */
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 /* e to the x, within two units of the last place: 2^n * p(r), r in [-ln 2 / 2, ln 2 / 2] (Cephes' polynomial). */
 static inline __m512 exponential(__m512 x) {
