@@ -91,8 +91,8 @@ class Int8Layers:
     ) -> Tensor:
         """Embeddings ([tokens, hidden] float32) become, in place, the last layer's output.
 
-        positions, slots: [tokens] int32. keys, values: of each layer, [pages, page_size, kv_heads, size] float32 without
-        gaps, pages of a power of two. noisy: [count] int64, rows that adapters act on. Raises MemoryError.
+        positions, slots: [tokens] int32. keys, values: of each layer, [pages, page_size, kv_heads, size] float32
+        without gaps, pages of a power of two. noisy: [count] int64, rows that adapters act on. Raises MemoryError.
         """
         scratch: tuple[int | None, int | None] = (None, None)
         if layout.scratch_start is not None and layout.scratch_end is not None:

@@ -54,7 +54,9 @@ class Int8Weight:
         )
         self.at = ctypes.addressof(self._structure)
 
-    def multiply(self, x: Tensor, adapter: tuple[Int8Weight, Int8Weight] | None = None, rows: Tensor | None = None) -> Tensor:
+    def multiply(
+        self, x: Tensor, adapter: tuple[Int8Weight, Int8Weight] | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """x @ weight.T + bias: [tokens, in], rows of any stride -> [tokens, out] float32.
 
         adapter: (down, up): (x @ down.T) @ up.T is added to `rows` ([count] int64). Raises MemoryError.
@@ -73,7 +75,7 @@ class Int8Weight:
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [out, groups, 32] int8 and scales [out, groups] float32 of any weights, zeros for inputs that are missing."""
+    """Codes [out, groups, 32] int8 and scales [out, groups] float32 of any weights; missing inputs are zeros."""
     groups = pad(weight, (0, -weight.shape[1] % GROUP)).view(weight.shape[0], -1, GROUP)
     scale = groups.abs().amax(2).clamp_min(1e-30) / 127
     return (groups / scale[:, :, None]).round_().to(torch.int8), scale

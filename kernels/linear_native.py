@@ -54,7 +54,7 @@ class NativeWeight:
 
 
 def pack_grid(weight: Tensor) -> tuple[str, Tensor] | None:
-    """("grid4" or "grid8", packed bytes) of float32 weights [out, in] that are such a grid, every bit of them; or None."""
+    """("grid4" or "grid8", packed bytes) of float32 weights [out, in] that are such a grid, every bit of them."""
     weight = weight.contiguous()
     for name in ("grid4", "grid8"):
         if _pack(name, weight[:_SAMPLE]) is not None and (packed := _pack(name, weight)) is not None:

@@ -68,7 +68,7 @@ class Adapter:
             self._both, self._raised = DenseLinear.stacked(base, down), up
             self.base = self._both.first(up.shape[0])
             return
-        # As the base is where one call does for both. torch's int8 gains nothing on matrices this small, and loses to the
+        # In integers where one call does all. torch's int8 gains nothing on matrices this small, and loses to the
         # operations around the product.
         mode: Literal["none", "int8"] = "int8" if isinstance(base, NativeInt8Linear) else "none"
         self._down: Linear = pack_linear(down, None, mode, backend)
@@ -96,10 +96,9 @@ class Adapter:
 
     def integers(self) -> tuple[Int8Weight, Int8Weight, Int8Weight] | None:
         """Base, down and up, where all of them multiply integers in C."""
-        base, down, up = self.base, self._down, self._up
-        if not (isinstance(base, NativeInt8Linear) and isinstance(down, NativeInt8Linear) and isinstance(up, NativeInt8Linear)):
-            return None
-        return base.weight, down.weight, up.weight
+        parts = (self.base, self._down, self._up)
+        base, down, up = (part.weight if isinstance(part, NativeInt8Linear) else None for part in parts)
+        return None if base is None or down is None or up is None else (base, down, up)
 
 
 def read_adapter(

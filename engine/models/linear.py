@@ -56,11 +56,12 @@ def pack_linear(
 
     weight: [out, in], bias: [out] or None; neither is kept where a packed copy takes its place. Mode "none" is exact to
     the rounding of sums, and in float32 on an x86 CPU a row's result is the same, bit for bit, beside any other rows.
-    Mode "int8" is approximate (see Int8Linear). Raises ConfigError where the machine has no int8 kernel.
+    Mode "int8" is approximate (see NativeInt8Linear, Int8Linear), a row its own there, too. Raises ConfigError where the
+    machine has no int8 kernel.
     """
     on_cpu = weight.device.type == "cpu"
     if mode == "int8":
-        if on_cpu and backend == "native" and has_vnni():
+        if has_integers(mode, backend):
             return NativeInt8Linear(weight.float(), bias)
         if not (on_cpu and _has_fbgemm()):
             raise ConfigError("quantization int8 needs an x86 CPU with AVX2: use quantization none")
@@ -186,6 +187,11 @@ class Int8Linear:
         return y.to(x.dtype)
 
 
+def has_integers(mode: Literal["none", "int8"], backend: Backend) -> bool:
+    """Whether products are those of `kernels/linear_int8.py`."""
+    return mode == "int8" and backend == "native" and has_vnni()
+
+
 def fits_float16(weight: Tensor) -> bool:
     """Whether no value of float32 `weight` has more significant bits than float16, or is beyond its range. [out, in]
 
@@ -212,6 +218,7 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 
 def has_vnni() -> bool:
+    """Whether this CPU sums products of four 8-bit integers in one instruction, as 512-bit vectors or torch's own."""
     return bool(torch.cpu._is_vnni_supported())
 
 

@@ -12,7 +12,7 @@
 
 /* Rows that are multiplied together: two registers each. */
 enum { MOST_ROWS = 12 };
-/* Panels that a thread takes at a time. */
+/* Panels that a block of rows is multiplied with before the next one is, where there are several. */
 enum { CHUNK = 4 };
 /* Blocks of weights are fetched so many bytes before they are needed. */
 enum { AHEAD = 6144 };
@@ -115,9 +115,11 @@ static void int8_product(const Part *x, long x_rows, long rows, const Int8Weight
                          int add) {
     long groups = groups_of(weight->in), panels = (weight->out + PANEL - 1) / PANEL;
     long bytes = groups * block_bytes(weight->format), blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
-#pragma omp parallel for schedule(dynamic) if (weight->out * weight->in * (rows + 3) >= PARALLEL)
-    for (long from = 0; from < panels; from += CHUNK) {
-        long to = from + CHUNK < panels ? from + CHUNK : panels;
+    long chunk = blocks > 1 ? CHUNK : 1;
+    /* Static: each thread reads one stretch of memory. */
+#pragma omp parallel for schedule(static) if (weight->out * weight->in * (rows + 3) >= PARALLEL)
+    for (long from = 0; from < panels; from += chunk) {
+        long to = from + chunk < panels ? from + chunk : panels;
         /* Blocks of rows are as even as they can be. One stays in the first-level cache for the chunk's panels. */
         for (long b = 0, row = 0; b < blocks; b++) {
             long some = (rows - row + blocks - b - 1) / (blocks - b);
