@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from linocut.kernels.statistics import merge_partials, partial_statistics
+
 from .decoding.advance import place_drafts
 from .decoding.strategies.verify import MAX_DRAFT
 from .decoding.view import RowView, WindowStatistics
@@ -133,7 +135,9 @@ class Drafter:
                 logits = share.fill(self._decoder.head(normed))
             self._sampler.ban(state, logits, part.slot, part.position, flags)
             values, top = share.top(logits, CANDIDATES)
-            covered = (values.float().logsumexp(1) - share.log_total(logits)).exp()
+            partials = share.join(partial_statistics(logits, share.start, None, backend=self._decoder.backend))
+            likeliest = merge_partials(partials, None, backend=self._decoder.backend).confidence
+            covered = likeliest * (values - values[:, :1]).float().exp().sum(1)
             parts.append((normed, top, covered))
         return _Proposals(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 

@@ -31,6 +31,7 @@ _SIGNATURES = {
     "native_pack": (_I, (_I, _P, _L, _L, _P)),
     "native_int8_linear": (_I, (_P, _L, _L, _P, _P, _P, _P, _L, _P, _L)),
     "native_int8_layers": (_I, (_P,) * 5),
+    "native_vocabulary": (None, (_P, _P, _L, _L, _F, _P, _P, _P)),
     "native_rms_norm": (None, (_P, _P, _L, _L, _P, _F, _P, _P)),
     "native_silu_and_mul": (None, (_P, _L, _L, _P)),
     "native_rope": (None, (*(_P, _L) * 3, _P, _L, _P, _P, *(_L,) * 4, _P, _P, _P)),

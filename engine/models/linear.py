@@ -56,7 +56,7 @@ def pack_linear(
 
     weight: [out, in], bias: [out] or None; neither is kept where a packed copy takes its place. Mode "none" is exact to
     the rounding of sums, and in float32 on an x86 CPU a row's result is the same, bit for bit, beside any other rows.
-    Mode "int8" is approximate (see NativeInt8Linear, Int8Linear), a row its own there, too. Raises ConfigError where the
+    Mode "int8" is approximate (see NativeInt8Linear, Int8Linear), a row its own too. Raises ConfigError where the
     machine has no int8 kernel.
     """
     on_cpu = weight.device.type == "cpu"
