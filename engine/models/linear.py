@@ -19,6 +19,15 @@ CPU time on a Xeon with AVX-512 and AMX, one thread ("native": `kernels/linear_n
 | 8 | 75 | 43 | 34 | 18 | 21 | 16 |
 | 64 | 118 | 111 | 112 | 46 | 30 | 117 |
 
+And on an AMD EPYC (Zen 4) with AVX512_VNNI, one thread ("native int8": `kernels/linear_int8.py`):
+
+| rows | native | int8 | native int8 |
+|---|---|---|---|
+| 1 | 8.8 | 9.5 | 4.5 |
+| 8 | 23.9 | 12.0 | 7.0 |
+| 12 | 33.5 | 14.9 | 9.7 |
+| 64 | 159 | 45.9 | 44.7 |
+
 Rejected: weights stored transposed (0.6 to 1.9), MKL's packed format (0.6 to 1.9), weight-only int8
 (`_weight_int8pack_mm`, 0.4 at best), weight-only int4 (`_weight_int4pack_mm_for_cpu`: 166 ms a row in float32, 6 in
 bfloat16, which rounds scales), oneDNN's int8 with AMX (16 ms for one row, 18 for eight, with the quantising).
@@ -127,7 +136,11 @@ class NativeLinear:
 
 
 class NativeInt8Linear:
-    """8-bit activations by row and group of 32 inputs, weights in 4 or 8 bits (`kernels/linear_int8.py`)."""
+    """8-bit activations by row and group of 32 inputs, weights in 4 or 8 bits (`kernels/linear_int8.py`).
+
+    Over 2100 tokens of prose and answers the embedded model then agrees with float32 on the most likely token at 97.4 %
+    of positions (KL 0.0024), with the vocabulary head in integers, too, at 96.8 % (0.0030); Int8Linear at 88.5 % (0.034).
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = Int8Weight(weight, bias)
