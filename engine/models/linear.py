@@ -138,8 +138,8 @@ class NativeLinear:
 class NativeInt8Linear:
     """8-bit activations by row and group of 32 inputs, weights in 4 or 8 bits (`kernels/linear_int8.py`).
 
-    Over 2100 tokens of prose and answers the embedded model then agrees with float32 on the most likely token at 97.4 %
-    of positions (KL 0.0024), with the vocabulary head in integers, too, at 96.8 % (0.0030); Int8Linear at 88.5 % (0.034).
+    Over 2100 tokens of prose and answers the embedded model agrees with float32 on the most likely token at 97.4 % of
+    positions (KL 0.0024), with the vocabulary head in integers too at 96.8 % (0.0030); Int8Linear at 88.5 % (0.034).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
