@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from linocut.kernels.statistics import merge_partials, partial_statistics
+
 from .decoding.advance import place_drafts
 from .decoding.strategies.verify import MAX_DRAFT
 from .decoding.view import RowView, WindowStatistics
@@ -17,7 +19,6 @@ from .fusion import Fusion
 from .logit_rows import LogitRows
 from .models.decoder import Decoder
 from .models.draft_head import DraftHead
-from .parallel.vocabulary import VocabShare
 from .sampling import CHUNK, Sampler
 from .state import RowState
 
@@ -41,12 +42,7 @@ class Drafter:
         self._decoder, self._sampler = decoder, sampler
         # Messages between ranks are none of torch.compile's business.
         fused = fusion if decoder.share.ranks.size == 1 else Fusion(on=False)
-        self._covered, self._beside, self._best, self._place = (
-            fused(_covered),
-            fused(_beside),
-            fused(_best),
-            fused(_place),
-        )
+        self._beside, self._best, self._place = fused(_beside), fused(_best), fused(_place)
 
     def draft(
         self,
@@ -109,7 +105,9 @@ class Drafter:
             token, joint = statistics.token[:, offset], statistics.confidence[:, offset]
             # A block's first position has nothing before it in the window: what its row says by itself stands.
             if offset:
-                chosen, alone = self._choose(head, proposals, entries[:, offset], before)
+                # As written: a compiler may sum in another order, and this is text.
+                refined = head.refined(_beside(head, proposals, entries[:, offset], before))
+                chosen, alone = _best(head, proposals, entries[:, offset], refined)
                 coupled = plain & ~opening[:, offset]
                 token = torch.where(coupled, chosen, token)
                 joint = torch.where(coupled, alone * sure, joint)
@@ -138,7 +136,10 @@ class Drafter:
                 logits = share.fill(self._decoder.head(normed))
             self._sampler.ban(state, logits, part.slot, part.position, flags)
             values, top = share.top(logits, CANDIDATES)
-            parts.append((normed, top, self._covered(share, values, logits)))
+            partials = share.join(partial_statistics(logits, share.start, None, backend=self._decoder.backend))
+            likeliest = merge_partials(partials, None, backend=self._decoder.backend).confidence
+            covered = likeliest * (values - values[:, :1]).float().exp().sum(1)
+            parts.append((normed, top, covered))
         if len(parts) == 1:
             return _Proposals(*parts[0])
         return _Proposals(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
@@ -170,11 +171,6 @@ class Drafter:
         sampled = state.temperature[asked.slot] > 0
         sure = drawn.confidence * proposals.covered[index]
         return torch.where(sampled, drawn.token, token), torch.where(sampled, sure, confidence)
-
-
-def _covered(share: VocabShare, values: Tensor, logits: Tensor) -> Tensor:
-    """[rows]: the probability of the ids whose logits `values` ([rows, K]) are; logits: [rows, width]."""
-    return (values.float().logsumexp(1) - share.log_total(logits)).exp()
 
 
 def _beside(head: DraftHead, proposals: _Proposals, index: Tensor, last: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         rows=max_running,
         reference=config.numerics == "reference",
         graphs=device.type == "cuda" and backend == "triton" and config.numerics == "fast" and not config.eager,
-        row_share=row_share(device, dtype, config.quantization),
+        row_share=row_share(device, dtype, config.quantization, backend),
         equipment=Equipment(read_filter(folder, device)),
     )
     pool = PagePool(pages)

@@ -10,10 +10,13 @@ from typing import Protocol
 import msgspec
 import torch
 
+from linocut.kernels.backend import Backend
+
 from .config import EngineConfig
 from .errors import ConfigError
 from .family import FamilyTraits
 from .models.backbone import Backbone
+from .models.linear import has_vnni
 
 # K/V pages on a CPU unless the operator says otherwise.
 CPU_KV_BYTES = 2 << 30
@@ -60,6 +63,8 @@ def choose_dtype(config: EngineConfig, backbone: Stored, device: torch.device) -
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     if device.type == "cuda":
         return torch.float16 if backbone.dtype == "float16" else torch.bfloat16
+    if config.quantization == "int8" and has_vnni():
+        return torch.float32  # that of the kernels in C, whose products are integers either way
     # Without bf16 instructions a CPU emulates it, several times slower than float32.
     return torch.bfloat16 if backbone.dtype != "float32" and cpu_has_bf16() else torch.float32
 
@@ -92,11 +97,12 @@ def cpu_name() -> str:
     )
 
 
-def row_share(device: torch.device, dtype: torch.dtype, quantization: str) -> float:
+def row_share(device: torch.device, dtype: torch.dtype, quantization: str, backend: Backend) -> float:
     """How much longer a forward takes for one more position, in forwards of one (SmolLM2-135M; AVX-512 CPU, H200)."""
     if device.type == "cuda":
         return 0.003
-    if quantization == "int8":
+    # Products in integers of our own make the forward of one position cheap, not only the next one.
+    if quantization == "int8" and backend != "native":
         return 0.05
     return 0.02 if dtype == torch.bfloat16 else 0.08
 

@@ -70,6 +70,8 @@ class ModelRunner:
         self._most = most_positions(decoder.backbone.parameters)
         self.graphs = StepGraphs(self.step, state.device, self._most) if graphs else None
         self.fusion = Fusion(graphs)
+        for stops in (state.stops, state.stops_from):
+            self.fusion.resizes(stops, 1)
         self._prepare, self._settle, self._report = self.fusion(prepare), self.fusion(settle), self.fusion(report)
         self._to_window, self._draft_rows = self.fusion(to_window), self.fusion(draft_rows)
         # Whether sizes of small steps are rounded up.
@@ -110,7 +112,9 @@ class ModelRunner:
             began.record()
         packed = self.graphs.run(layout, self._state_version()) if self.graphs is not None else None
         if packed is None:
-            packed = self.step(layout.shape, to_device(layout.array, self.state.device), layout.lengths)
+            # What is captured knows no lengths, and what is compiled for it must be the same.
+            lengths = layout.lengths if self.graphs is None else None
+            packed = self.step(layout.shape, to_device(layout.array, self.state.device), lengths)
         return Flight(layout, packed, began)
 
     def step(self, shape: StepShape, array: Tensor, lengths: list[int] | None = None) -> Tensor:
@@ -120,7 +124,10 @@ class ModelRunner:
         positions of each row, which spare a CPU the question.
         """
         state, traits = self.state, self.traits
-        ready = self._prepare(state, shape, array, self.strategies, traits, self.cache.page_size, lengths)
+        # Of one rank, what a plan sums changes how much is run and no text.
+        apart = self.decoder.ranks.size > 1 and any(self.strategies[g.strategy].chains for g in shape.groups)
+        planned = prepare if apart else self._prepare
+        ready = planned(state, shape, array, self.strategies, traits, self.cache.page_size, lengths)
         inputs, span, batch = ready.inputs, ready.span, ready.batch
         hidden = self.decoder.forward(
             batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy, batch.added
@@ -190,10 +197,13 @@ class ModelRunner:
         if strategy.branches and span.segments is not None and group.segments:
             statistics.segments = self._segment_statistics(strategy, group, view, span.segments, forward)
         state, traits = self.state, self.traits
-        decision, outcome = self._settle(state, view, span, statistics, traits, strategy, self.stop_at_block_end)
+        # A halt looks at the mean of margins.
+        decides = settle if strategy.sums or forward.shape.flags.margin else self._settle
+        decision, outcome = decides(state, view, span, statistics, traits, strategy, self.stop_at_block_end)
         if decision.accepted is not None and span.segments is not None:
             self._draft(group, view, span.segments, decision, decision.accepted, forward)
-        return self._report(state, group, view, span, forward.inputs, traits, strategy, outcome)
+        reports = report if strategy.chains and self.decoder.ranks.size > 1 else self._report
+        return reports(state, group, view, span, forward.inputs, traits, strategy, outcome)
 
     def _draft(
         self,

@@ -244,5 +244,7 @@ def _ensure_stop_columns(state: RowState, count: int) -> None:
     if missing > 0:
         # In few steps: graphs of steps are captured for one width.
         missing = (1 << (count - 1).bit_length()) - state.stops.shape[1]
-        state.stops = pad(state.stops, (0, missing), value=-1)
-        state.stops_from = pad(state.stops_from, (0, missing))
+        # Tensors of the kind that they replace: to what is compiled, those of inference mode are another one.
+        with torch.inference_mode(False):
+            state.stops = pad(state.stops, (0, missing), value=-1)
+            state.stops_from = pad(state.stops_from, (0, missing))

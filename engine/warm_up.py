@@ -29,8 +29,13 @@ def warm_up(core: EngineCore, decoding: DecodingParams | None = None, clients: t
     decoding: how; None: the engine's default. The engine must be idle.
     """
     began, graphs = time.perf_counter(), core.runner.graphs
-    with core.runner.learning():
-        _answer(core, decoding, clients)
+    try:
+        with core.runner.learning():
+            _answer(core, decoding, clients)
+    except Exception:
+        if core.runner.fusion.on:
+            log.exception("warming up failed; --eager does without graphs and without what is compiled")
+        raise
     core.scheduler.prefix.clear()
     core.scheduler.prefix.query_tokens = core.scheduler.prefix.hit_tokens = 0
     core.scheduler.counters, core.clock = SchedulerCounters(), StepClock()

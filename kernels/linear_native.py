@@ -24,20 +24,11 @@ class NativeWeight:
 
     def __init__(self, weight: Tensor) -> None:
         self.outputs, self.inputs = weight.shape
-        weight = weight.contiguous()
-        for self.format, self._code in _FORMATS.items():
-            if self._pack(weight[:_SAMPLE]) is not None and (packed := self._pack(weight)) is not None:
-                break
-        assert packed is not None  # "half" takes any
-        self._packed = packed
-        self._at, self._multiply = packed.data_ptr(), library().native_linear
-
-    def _pack(self, weight: Tensor) -> Tensor | None:
-        """None where the format does not hold it exactly."""
-        outputs, inputs = weight.shape
-        packed = torch.empty(library().native_packed_bytes(self._code, inputs, outputs), dtype=torch.uint8)
-        held = library().native_pack(self._code, weight.data_ptr(), inputs, outputs, packed.data_ptr())
-        return packed if held else None
+        packed = pack_grid(weight) or ("half", _pack("half", weight.contiguous()))
+        assert packed[1] is not None  # "half" takes any
+        self.format, self._packed = packed
+        self._code = _FORMATS[self.format]
+        self._at, self._multiply = packed[1].data_ptr(), library().native_linear
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias: [rows, in] -> [rows, out]."""
@@ -60,3 +51,35 @@ class NativeWeight:
             *(down.inputs, self.inputs, self.outputs, y.data_ptr() + 4 * first * y.stride(0), y.stride(0)),
         ):
             raise MemoryError("a low-rank product found no memory")
+
+
+def pack_grid(weight: Tensor) -> tuple[str, Tensor] | None:
+    """("grid4" or "grid8", packed bytes) of float32 weights [out, in] that are such a grid, every bit of them."""
+    weight = weight.contiguous()
+    for name in ("grid4", "grid8"):
+        if _pack(name, weight[:_SAMPLE]) is not None and (packed := _pack(name, weight)) is not None:
+            return name, packed
+    return None
+
+
+def grid_levels(name: str, packed: Tensor, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `pack_grid` packed: codes [out, groups, 32] int8, scale and offset [out, groups] float32."""
+    if name == "grid4":
+        groups = packed.view(outputs, -1, 24)
+        codes = torch.cat([groups[:, :, :16] & 15, groups[:, :, :16] >> 4], dim=2).view(torch.int8)
+    else:
+        groups = packed.view(outputs, -1, 36)
+        codes = groups[:, :, :32].contiguous().view(torch.int8)
+    numbers = groups[:, :, -8:].contiguous().view(torch.float32)
+    if name == "grid4":
+        return codes, numbers[:, :, 0], numbers[:, :, 1]
+    return codes, numbers[:, :, 1], torch.zeros_like(numbers[:, :, 1])
+
+
+def _pack(name: str, weight: Tensor) -> Tensor | None:
+    """None where the format does not hold it exactly."""
+    outputs, inputs = weight.shape
+    code = _FORMATS[name]
+    packed = torch.empty(library().native_packed_bytes(code, inputs, outputs), dtype=torch.uint8)
+    held = library().native_pack(code, weight.data_ptr(), inputs, outputs, packed.data_ptr())
+    return packed if held else None

@@ -29,6 +29,9 @@ _SIGNATURES = {
     "native_low_rank": (_I, (_P, _L, _L, _P, _I, _P, _I, _L, _L, _L, _P, _L)),
     "native_packed_bytes": (_L, (_I, _L, _L)),
     "native_pack": (_I, (_I, _P, _L, _L, _P)),
+    "native_int8_linear": (_I, (_P, _L, _L, _P, _P, _P, _P, _L, _P, _L)),
+    "native_int8_layers": (_I, (_P,) * 5),
+    "native_vocabulary": (None, (_P, _P, _L, _L, _F, _P, _P, _P)),
     "native_rms_norm": (None, (_P, _P, _L, _L, _P, _F, _P, _P)),
     "native_silu_and_mul": (None, (_P, _L, _L, _P)),
     "native_rope": (None, (*(_P, _L) * 3, _P, _L, _P, _P, *(_L,) * 4, _P, _P, _P)),
@@ -87,7 +90,7 @@ def _compiled(cache: Path) -> Path:
     if compiler is None:
         raise OSError("there is no C compiler")
     sources = sorted(SOURCES.glob("*.c"))
-    texts = b"".join(path.read_bytes() for path in [SOURCES / "native.h", *sources])
+    texts = b"".join(path.read_bytes() for path in [*sorted(SOURCES.glob("*.h")), *sources])
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
     digest = hashlib.sha256(texts + version + " ".join(_FLAGS).encode()).hexdigest()
     made = cache / f"native-{digest[:16]}.so"

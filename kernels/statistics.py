@@ -121,11 +121,19 @@ def partial_statistics(
     `cutoff` comes from the logits of the whole vocabulary (which ranks must gather for batches with filters); None
     means no filters. Without `kept_total` the partials cannot give the confidence after the filters.
     """
+    plain: VocabPartials | None = None
     if backend == "triton":
         from .statistics_triton import triton_partials as reduce
     else:
+        from .statistics_native import native_partials, statistics_are_native
         from .statistics_torch import torch_partials as reduce
-    return reduce(
+
+        if backend == "native" and statistics_are_native(logits):
+            sampled = sampling is not None and sampling.sampled
+            plain = native_partials(logits, vocab_start, sampling.scale() if sampling is not None and sampled else None)
+            if not (sampled or cutoff is not None or entropy or margin or top_k or kept_total):
+                return plain
+    partials = reduce(
         logits,
         vocab_start,
         sampling,
@@ -135,6 +143,10 @@ def partial_statistics(
         top_k=min(top_k, logits.shape[1]),
         kept_total=kept_total,
     )
+    if plain is not None:
+        # A row's confidence is the same beside rows that ask for more.
+        partials.maximum, partials.total = plain.maximum, plain.total
+    return partials
 
 
 def concat_partials(partials: list[VocabPartials]) -> VocabPartials:

@@ -67,6 +67,8 @@ class Strategy:
     edits: it carries out the ids that delete and insert (`FamilyTraits.edit_ids`); rows of others never say them.
     branches: its draft segments hold tokens, and statistics of all of them are wanted. Those of a frontier are causal
         and clean like its span; others see all of themselves.
+    sums: it decides by sums of floats, whose order a compiler may change; chains: so does its plan, which says what is
+        worth running, and on which ranks have to agree. Those stages run as they are written.
     reference: keep the rules of progress of the authors' code where ours differ.
     """
 
@@ -79,6 +81,8 @@ class Strategy:
     biased: ClassVar[bool] = False
     edits: ClassVar[bool] = False
     branches: ClassVar[bool] = False
+    sums: ClassVar[bool] = False
+    chains: ClassVar[bool] = False
 
     def __init__(self, reference: bool = False, equipment: Equipment | None = None) -> None:
         self.reference = reference

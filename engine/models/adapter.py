@@ -7,15 +7,16 @@ own. (Gated LoRA: I-DLM, arXiv 2604.11035; `linocut convert` trains it.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from linocut.kernels.backend import Backend
+from linocut.kernels.linear_int8 import Int8Weight
 from linocut.kernels.low_rank import gated_low_rank
 
-from .linear import DenseLinear, NativeLinear, pack_linear
+from .linear import DenseLinear, NativeInt8Linear, NativeLinear, pack_linear
 
 FILE = "adapter.safetensors"
 MASK_EMBEDDING = "model.mask_embedding"
@@ -48,7 +49,7 @@ class Gate:
         self.closed = False  # on the CPU: no row is noisy
         if noisy.device.type == "cpu":
             # Reading the flags costs a CPU nothing, and skipping rows saves their work.
-            rows = noisy.nonzero()[:, 0]
+            self.indices = rows = noisy.nonzero()[:, 0]
             first, count = int(rows[0]) if len(rows) else 0, len(rows)
             self.closed = count == 0
             together = self.closed or int(rows[-1]) - first + 1 == count
@@ -67,9 +68,11 @@ class Adapter:
             self._both, self._raised = DenseLinear.stacked(base, down), up
             self.base = self._both.first(up.shape[0])
             return
-        # Never int8: matrices this small gain nothing by it, and lose to the operations around the product.
-        self._down: Linear = pack_linear(down, None, "none", backend)
-        self._up: Linear = pack_linear(up, None, "none", backend)
+        # In integers where one call does all. torch's int8 gains nothing on matrices this small, and loses to the
+        # operations around the product.
+        mode: Literal["none", "int8"] = "int8" if isinstance(base, NativeInt8Linear) else "none"
+        self._down: Linear = pack_linear(down, None, mode, backend)
+        self._up: Linear = pack_linear(up, None, mode, backend)
 
     def __call__(self, x: Tensor, gate: Gate | None) -> Tensor:
         """[tokens, in] -> [tokens, out], rows of any stride. gate: None closes it for all rows."""
@@ -77,6 +80,9 @@ class Adapter:
             return self.base(x)
         if self._both is not None:
             return gated_low_rank(self._both(x), self._raised, gate.flags, backend="triton")
+        if (integers := self.integers()) is not None:
+            base, down, up = integers
+            return base.multiply(x, (down, up), gate.indices)
         y = self.base(x)
         if gate.rows is None:
             return y + self._up(self._down(x) * gate.factor)
@@ -87,6 +93,12 @@ class Adapter:
                 y[gate.rows].add_(self._up(self._down(x[gate.rows])))
             return y
         return y.index_add_(0, gate.rows, self._up(self._down(x[gate.rows])))
+
+    def integers(self) -> tuple[Int8Weight, Int8Weight, Int8Weight] | None:
+        """Base, down and up, where all of them multiply integers in C."""
+        parts = (self.base, self._down, self._up)
+        base, down, up = (part.weight if isinstance(part, NativeInt8Linear) else None for part in parts)
+        return None if base is None or down is None or up is None else (base, down, up)
 
 
 def read_adapter(

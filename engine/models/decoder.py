@@ -24,9 +24,10 @@ from .adapter import MASK_EMBEDDING, Adapter, Gate, WeightsInParts, read_adapter
 from .backbone import Backbone
 from .draft_head import read_draft_head
 from .few_rows import FewRowsLinear, has_few_rows_kernel
-from .linear import DenseLinear, pack_linear
+from .linear import DenseLinear, has_integers, pack_linear
 from .moe import MoeMlp
 from .names import NamedWeights
+from .whole_layers import whole_layers
 
 Linear = Callable[[Tensor], Tensor]
 Projection = Linear | Adapter
@@ -119,17 +120,18 @@ class Decoder:
         self.norm = parts.get("model.norm.weight", (b.hidden,))
         tied = b.tied_head or "lm_head.weight" not in parts
         head = self.embedding if tied else parts.get("lm_head.weight", (b.vocab, b.hidden))
-        # The head stays exact also under int8: its argmax is the product.
         few_rows = backend == "triton" and has_few_rows_kernel(device)
 
         def pack(weight: Tensor, bias: Tensor | None, mode: Literal["none", "int8"]) -> Linear:
             packed = pack_linear(weight, bias, mode, backend)
             return FewRowsLinear.over(packed) if few_rows and isinstance(packed, DenseLinear) else packed
 
-        self.head = pack(head, None, "none")
+        # As the layers are where they are ours; torch's int8 changes the argmax of every ninth position.
+        ours: Literal["none", "int8"] = quantization if has_integers(quantization, backend) else "none"
+        self.head = pack(head, None, ours)
         self.draft_head = None
         if draft_head:
-            self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share, backend)
+            self.draft_head = read_draft_head(parts, b.hidden, self.embedding, head, self.share, backend, ours)
         self.mask_id = mask_id
         self.mask_embedding = parts.get(MASK_EMBEDDING, (b.hidden,)) if adapter_rank else None
 
@@ -163,6 +165,8 @@ class Decoder:
                 )
             )
 
+        self.whole = whole_layers(self.layers, self.part, self.rope, self.backend)
+
     def forward(
         self,
         ids: Tensor,
@@ -189,6 +193,9 @@ class Decoder:
             residual = torch.where(masks[:, None], self.mask_embedding, residual)
         if added is not None:
             residual = residual + added
+        if self.whole is not None and self.query_scale is None:
+            noisy_rows = None if gate is None else gate.indices
+            return self.whole.run(residual, positions, slots, cache.keys, cache.values, layout, noisy_rows)
         x = rms_norm(residual, self.layers[0].input_norm, b.norm_eps, self.fused_norm, backend=self.backend)
         for index, layer in enumerate(self.layers):
             qkv = _project(layer.qkv, x, gate).view(-1, sum(sizes), b.head_dim)

@@ -7,6 +7,7 @@ and the token before its target, couples them (cf. the sampler head of arXiv 250
 from __future__ import annotations
 
 import contextlib
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +25,19 @@ class DraftHead:
     """u = h + output · silu(input · [h ; e]), e the embedding of the token before, at unit RMS; scores are E · u."""
 
     def __init__(
-        self, inputs: Tensor, outputs: Tensor, words: Tensor, head: Tensor, share: VocabShare, backend: Backend
+        self,
+        inputs: Tensor,
+        outputs: Tensor,
+        words: Tensor,
+        head: Tensor,
+        share: VocabShare,
+        backend: Backend,
+        mode: Literal["none", "int8"] = "none",
     ) -> None:
         """inputs: [hidden, 2 * hidden], outputs: [hidden, hidden]; words, head: the embedding and the vocabulary head,
         [width of the share, hidden]."""
-        self._inputs = pack_linear(inputs, None, "none", backend)
-        self._outputs = pack_linear(outputs, None, "none", backend)
+        self._inputs = pack_linear(inputs, None, mode, backend)
+        self._outputs = pack_linear(outputs, None, mode, backend)
         self._words, self._head = words, head
         self._share = share
         # Candidates are guesses, for which a CPU reads half of the bytes: drafts are verified by exact rows.
@@ -62,8 +70,14 @@ class DraftHead:
 
 
 def read_draft_head(
-    weights: Weights, hidden: int, words: Tensor, head: Tensor, share: VocabShare, backend: Backend
+    weights: Weights,
+    hidden: int,
+    words: Tensor,
+    head: Tensor,
+    share: VocabShare,
+    backend: Backend,
+    mode: Literal["none", "int8"] = "none",
 ) -> DraftHead:
     """Raises ModelError if a tensor is missing."""
     inputs = weights.get("draft_head.input", (hidden, 2 * hidden))
-    return DraftHead(inputs, weights.get("draft_head.output", (hidden, hidden)), words, head, share, backend)
+    return DraftHead(inputs, weights.get("draft_head.output", (hidden, hidden)), words, head, share, backend, mode)

@@ -58,11 +58,14 @@ def follow(ranks: Ranks, config: EngineConfig, endpoints: list[str]) -> None:
         inbox.setsockopt(zmq.RECONNECT_IVL, -1)
         inbox.connect(endpoints[ranks.rank - 1])
         runner = load_model(config, ranks).runner
-        decode = msgspec.msgpack.Decoder(StepPlan).decode
+        decode, learned = msgspec.msgpack.Decoder(StepPlan).decode, False
         while message := inbox.recv():
             # The reports that count are those of rank 0, which is never more than one step ahead of them.
             plan = decode(message)
-            with runner.fusion.learning(plan.learning):
+            if plan.learning and not learned and runner.graphs is not None:
+                runner.graphs.forget_seen()
+            learned = plan.learning
+            with runner.fusion.learning(learned):
                 runner.launch(plan)
 
 

@@ -14,6 +14,7 @@ log = logging.getLogger("linocut.engine")
 _MOST = 1 << 20
 # The kernel moves as much at a time.
 _ALIGNED = 16
+_TRIALS = 48
 
 
 class PeerSums:
@@ -42,8 +43,9 @@ class PeerSums:
 
     def sum(self, x: Tensor) -> Tensor:
         """x: contiguous, one that they `take`. Returns a new tensor."""
-        buffer = self._buffers[x.dtype][: x.numel()]
-        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x.view(-1), "sum", self._group)
+        # The operator that also copies signals the others before all of a block's threads have stored their part.
+        buffer = self._buffers[x.dtype][: x.numel()].copy_(x.view(-1))
+        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", self._group)
         return total.view(x.shape)
 
 
@@ -56,13 +58,27 @@ def peer_sums(rank: int, size: int, device: torch.device) -> PeerSums | None:
     if _all(can):
         try:
             found = PeerSums(device, size)
-            found.sum(torch.ones(_ALIGNED, device=device))
         except RuntimeError as error:
             log.warning("sums over the GPUs are NCCL's, since these do not share memory: %s", str(error)[:300])
-            found = None
         if not _all(found is not None):
-            found = None
+            return None
+    if found is not None and not _all(_sums_right(found, rank, device)):
+        log.warning("sums over the GPUs are NCCL's, since a trial went wrong")
+        return None
     return found
+
+
+def _sums_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
+    """Whether sums one upon another, of several sizes, are NCCL's."""
+    right = torch.ones((), dtype=torch.bool, device=device)
+    for turn in range(_TRIALS):
+        # Small integers, which any order sums to the same.
+        x = torch.arange(8 << turn % 12, device=device).add_(rank + turn).remainder_(61).float()
+        expected = x.clone()
+        dist.all_reduce(expected)
+        for dtype in (torch.float32, torch.bfloat16):
+            right &= (peers.sum(x.to(dtype)) == expected.to(dtype)).all()
+    return bool(right)
 
 
 def _all(fact: bool) -> bool:

@@ -28,7 +28,7 @@ static inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 /* Before a loop over a small constant: what it indexes then stays in registers. */
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 /* e to the x, within two units of the last place: 2^n * p(r), r in [-ln 2 / 2, ln 2 / 2] (Cephes' polynomial). */
 static inline __m512 exponential(__m512 x) {
@@ -45,3 +45,15 @@ static inline __m512 exponential(__m512 x) {
     p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
     return _mm512_scalef_ps(p, n);
 }
+
+/* The kernels that are used by another file, each defined in its own. */
+void native_rms_norm(const float *x, const float *residual, long rows, long size, const float *weight, float eps,
+                     float *total, float *out);
+void native_silu_and_mul(const float *gate_up, long rows, long size, float *out);
+void native_rope(const float *q, long q_stride, const float *k, long k_stride, const float *v, long v_stride,
+                 const float *table, long half, const int32_t *positions, const int32_t *slots, long tokens,
+                 long heads, long kv_heads, long size, float *k_cache, float *v_cache, float *out);
+int native_attention(const float *q, const float *k_cache, const float *v_cache, long page_size, long kv_heads,
+                     long heads, long size, const int32_t *page_table, long table_stride, const int32_t *query_start,
+                     long rows, long tokens, const int32_t *visible, const int32_t *scratch_start,
+                     const int32_t *scratch_end, long most, float scale, float *out);

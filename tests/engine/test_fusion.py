@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from replays import replaying
 from test_strategies import requests_of
-from tiny_engines import Answer, engine, run
+from tiny_engines import Answer, engine, prompt_of, request, run
 from torch import Tensor
 
 from linocut.engine import runner
@@ -27,14 +28,19 @@ PAIRS = [
 
 
 class Counting:
-    """A backend of torch.compile that runs what it is given, and counts the graphs."""
+    """A backend of torch.compile that runs what it is given, and counts the graphs and their runs."""
 
     def __init__(self) -> None:
-        self.graphs = 0
+        self.graphs = self.runs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         self.graphs += 1
-        return graph.forward
+
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
 
 
 @pytest.fixture
@@ -87,6 +93,55 @@ def test_what_is_new_is_compiled_only_while_learning(backend: Counting) -> None:
         assert fused(one, "abcd")[0] == 5
     assert backend.graphs == 1
     assert not fusion.is_learning
+
+
+def test_a_stage_that_was_not_met_while_learning_is_not_compiled_later(backend: Counting) -> None:
+    fusion = Fusion(True, backend)
+    first, second = fusion(lambda x: x + 1), fusion(lambda x: x + 2)
+    with fusion.learning():
+        first(torch.ones(4))
+    assert second(torch.ones(4))[0] == 3
+    assert backend.graphs == 1
+
+
+def test_there_is_an_end_to_variants_in_any_thread(backend: Counting) -> None:
+    fusion = Fusion(True, backend)
+
+    def stage(x: Tensor, name: str) -> Tensor:
+        return x + len(name)
+
+    fused = fusion(stage)
+
+    def learn() -> bool:
+        with fusion.learning():
+            return all(bool((fused(torch.ones(4), "x" * n) == 1 + n).all()) for n in range(70))
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(learn).result()
+    assert fusion.on
+    assert 32 < backend.graphs < 70
+    before = backend.runs
+    assert fused(torch.ones(4), "xx")[0] == 3
+    assert backend.runs == before + 1, "those that there are go on"
+
+
+def test_a_request_with_more_stop_ids_runs_what_is_compiled(backend: Counting) -> None:
+    core = engine("sdar")
+    replaying(core)
+
+    def runs(**sampling: Any) -> tuple[int, int]:
+        core.scheduler.prefix.clear()
+        before, steps = backend.runs, core.stats().forwards
+        run(core, [request(core, "a", prompt_of(9), 12, {"strategy": "threshold"}, **sampling)])
+        return backend.runs - before, core.stats().forwards - steps
+
+    with core.runner.fusion.learning():
+        runs()
+    usual, steps = runs()
+    assert usual >= 4 * steps > 0
+    more, steps = runs(stop_token_ids=(3, 5, 7, 9, 11, 13))
+    assert core.runner.state.stops.shape[1] > 4
+    assert more >= 4 * steps > 0
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(backend: Counting, caplog: pytest.LogCaptureFixture) -> None:

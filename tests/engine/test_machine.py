@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from linocut.engine import machine
 from linocut.engine.config import EngineConfig
 from linocut.engine.errors import ConfigError
-from linocut.engine.machine import share_machine
+from linocut.engine.machine import choose_dtype, share_machine
 
 
 def share(replica: int, replicas: int, **fields: object) -> EngineConfig:
@@ -60,3 +63,13 @@ def test_processors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine_has_a_number_below_theirs() -> None:
     with pytest.raises(ConfigError, match="replica must be"):
         share(2, 2)
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_int8_computes_in_float32_where_its_kernels_are(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)
+    stored, cpu = SimpleNamespace(dtype="bfloat16"), torch.device("cpu")
+    int8 = EngineConfig(model="m", quantization="int8")
+    assert choose_dtype(int8, stored, cpu) == (torch.float32 if vnni else torch.bfloat16)
+    assert choose_dtype(EngineConfig(model="m"), stored, cpu) == torch.bfloat16

@@ -14,6 +14,7 @@ from linocut.kernels.linear_native import NativeWeight
 from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
 from linocut.kernels.ragged import ragged_case
 from linocut.kernels.rope import rope_and_cache_write, rope_table
+from linocut.kernels.statistics import SamplingRows, partial_statistics
 
 SHAPES = [(576, 960), (1536, 65), (64, 3072), (96, 3), (33, 7), (1, 5)]  # (in, out)
 
@@ -205,3 +206,43 @@ def test_a_library_is_compiled_once(tmp_path):
     assert native._compiled(tmp_path) == made
     assert made.stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == [made.name]
+
+
+class TestStatistics:
+    @pytest.mark.parametrize("width", [1, 15, 33, 5000])
+    @pytest.mark.parametrize("rows", [0, 1, 7])
+    def test_they_are_those_of_torch(self, rows, width):
+        logits = torch.randn(rows, width) * 8
+        logits[:, width // 3] = logits[:, width // 2] = 40.0  # a tie
+        logits[2:4, : width - 1] = -torch.inf
+        found, expected = (partial_statistics(logits.clone(), 11, None, backend=name) for name in ("native", "torch"))
+        assert torch.equal(found.best_id, expected.best_id)
+        assert torch.equal(found.best_logit, expected.best_logit)
+        assert torch.equal(found.maximum, expected.maximum)
+        torch.testing.assert_close(found.total, expected.total, rtol=1e-5, atol=0)
+
+    def test_where_everything_is_banned_numbers_stay_finite(self):
+        found = partial_statistics(torch.full((2, 40), -torch.inf), 0, None, backend="native")
+        assert found.maximum.isfinite().all()
+        assert torch.equal(found.total, torch.zeros(1, 2))
+
+    def test_nan_is_the_greatest(self):
+        logits = torch.randn(3, 50)
+        logits[1, 20] = logits[1, 30] = torch.nan
+        found = partial_statistics(logits, 0, None, backend="native")
+        assert found.best_id[0, 1] == 20
+        assert found.total.isnan().tolist() == [[False, True, False]]
+
+    def test_a_row_is_its_own_also_beside_one_that_samples(self):
+        logits = torch.randn(9, 3000)
+        alone = [partial_statistics(row[None], 0, None, backend="native") for row in logits]
+        greedy = partial_statistics(logits, 0, None, backend="native")
+        numbers = torch.arange(9)
+        temperature = torch.where(numbers == 4, 0.7, 0.0)
+        off = torch.zeros(9)
+        rows = SamplingRows(temperature, off.int(), off + 1, off, *[numbers] * 4, filtered=False, sampled=True)
+        sampled = partial_statistics(logits, 0, rows, backend="native", entropy=True)
+        for at in (0, 1, 2, 3, 5, 6, 7, 8):
+            for found in (greedy, sampled):
+                assert torch.equal(found.total[:, at], alone[at].total[:, 0])
+                assert torch.equal(found.maximum[:, at], alone[at].maximum[:, 0])

@@ -28,6 +28,7 @@ class EntropyBound(GridStrategy):
     name = "entropy_bound"
     source = "EB-Sampler, arXiv 2505.24857"
     Params = EntropyBoundParams
+    sums = True
 
     def needs(self, values: Values) -> Needs:
         return super().needs(values) | Needs.ENTROPY

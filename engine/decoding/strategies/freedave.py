@@ -54,6 +54,7 @@ class FreeDave(GridStrategy):
     name = "freedave"
     source = "FreeDave, arXiv 2510.00294"
     Params = FreeDaveParams
+    chains = True
     branches = True
 
     def refusal(self, traits: FamilyTraits) -> str:

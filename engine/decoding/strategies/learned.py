@@ -44,6 +44,7 @@ class Learned(GridStrategy):
     name = "learned"
     source = "Learn2PD, arXiv 2509.25188"
     Params = LearnedParams
+    sums = True
     asks_all = True
 
     def refusal(self, traits: FamilyTraits) -> str:

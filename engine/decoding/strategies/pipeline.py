@@ -117,7 +117,8 @@ def _stages(view: RowView, decided: Tensor) -> _Stages:
     size = _per_block(block, view.inside)
     # Shares are of what is generated. Behind the row's last block nothing is left to decide.
     asked = _per_block(block, view.generated)
-    done = torch.where(asked > 0, _per_block(block, decided & view.generated) / asked.clamp(min=1), 1.0)
+    known = _per_block(block, decided & view.generated)
+    done = torch.where(asked > 0, known / asked.clamp(min=1), 1.0)
     before = torch.nn.functional.pad(done, (1, 0), value=1.0)[:, :-1]
     begun = before >= view.parameters["begin"][:, None]
     if view.stops is not None:
@@ -126,6 +127,6 @@ def _stages(view: RowView, decided: Tensor) -> _Stages:
         begun = begun & (torch.nn.functional.pad(ends, (1, 0))[:, :-1] == 0)
     begun = begun.int().cumprod(dim=1).bool()
     pressed = begun & (before >= view.parameters["press"][:, None])
-    full = (done >= 1.0).int().cumprod(dim=1).bool()
+    full = (known >= asked).int().cumprod(dim=1).bool()
     passed = torch.where(full, size, 0).sum(dim=1).int()
     return _Stages(block, begun.gather(1, block), pressed.gather(1, block), passed)

@@ -45,6 +45,7 @@ class Verify(FrontierStrategy):
     name = "verify"
     source = "I-DLM, arXiv 2604.11035, with a segment behind every draft"
     Params = VerifyParams
+    chains = True
 
     def refusal(self, traits: FamilyTraits) -> str:
         if traits.mask_id is None:

@@ -174,7 +174,7 @@ class TestInt8:
         found = pack_linear(weight.to(dtype), bias.to(dtype), "int8")(x)
         assert found.dtype == dtype
         w, values, b = weight.to(dtype).double(), x.double(), bias.to(dtype).double()
-        step_w = w.abs().amax(1) / (127 if module._has_vnni() else 63) / 2  # [out]
+        step_w = w.abs().amax(1) / (127 if module.has_vnni() else 63) / 2  # [out]
         step_x = values.abs().amax(1, keepdim=True) / 127 / 2  # [rows, 1]
         bound = values.abs().sum(1, keepdim=True) * step_w + step_x * w.abs().sum(1) + inputs * step_x * step_w
         slack = 1.02 * bound + (0.01 if dtype == torch.bfloat16 else 1e-5) * (1 + found.double().abs())
