@@ -34,12 +34,13 @@ class Fusion:
 
     Only while `learning`: a compilation takes seconds. Variants that are met at other times run operation by operation,
     to the same effect but for the order in which floats are summed. backend: of torch.compile. seconds: spent in stages
-    while learning.
+    while learning. idle: set for steps that no graph will hold, whose launches the host pays anyway, and finding a
+    variant on top.
     """
 
     def __init__(self, on: bool, backend: str | Callable[..., Any] = "inductor") -> None:
         self.on, self._backend = on, backend
-        self.is_learning, self.seconds = False, 0.0
+        self.is_learning, self.idle, self.seconds = False, False, 0.0
         if on:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
 
@@ -78,7 +79,7 @@ class Fusion:
             nonlocal some, more
             # Within the capture of a graph a compilation would be an error of the device.
             learns = self.is_learning and more and not _is_capturing()
-            if not self.on or not (learns or some):
+            if not self.on or self.idle or not (learns or some):
                 return stage(*args)
             began = time.perf_counter()
             try:

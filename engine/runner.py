@@ -110,6 +110,7 @@ class ModelRunner:
         if self.state.device.type == "cuda":
             began = torch.cuda.Event(enable_timing=True)
             began.record()
+        self.fusion.idle = layout.shape.tokens > self._most
         packed = self.graphs.run(layout, self._state_version()) if self.graphs is not None else None
         if packed is None:
             # What is captured knows no lengths, and what is compiled for it must be the same.

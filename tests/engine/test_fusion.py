@@ -144,6 +144,26 @@ def test_a_request_with_more_stop_ids_runs_what_is_compiled(backend: Counting) -
     assert more >= 4 * steps > 0
 
 
+def test_steps_that_no_graph_holds_run_as_they_are_written(backend: Counting) -> None:
+    core = engine("sdar")
+    replaying(core)
+    core.runner._most = 40
+
+    def answer(length: int) -> None:
+        core.scheduler.prefix.clear()
+        run(core, [request(core, "a", prompt_of(length), 4, {"strategy": "threshold"})])
+
+    with core.runner.fusion.learning():
+        answer(9)
+    learned, before = backend.graphs, backend.runs
+    with core.runner.fusion.learning():
+        core.add(request(core, "long", prompt_of(90), 4, {"strategy": "threshold"}))
+        core.step()
+    assert (backend.graphs, backend.runs) == (learned, before)
+    core.step()
+    assert backend.runs > before, "the prompt is behind it"
+
+
 def test_what_cannot_be_compiled_runs_as_it_is(backend: Counting, caplog: pytest.LogCaptureFixture) -> None:
     fusion = Fusion(True, backend)
 
