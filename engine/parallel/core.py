@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+import torch
 import zmq
 
 from ..config import EngineConfig
@@ -18,6 +19,7 @@ from ..machine import choose_device
 from ..models.backbone import backbone_from_config
 from ..models.source import resolve_model
 from ..plan import StepPlan
+from ..runner import ModelRunner
 from .crew import Crew
 from .ranks import Ranks
 from .split import check_split
@@ -67,6 +69,15 @@ def follow(ranks: Ranks, config: EngineConfig, endpoints: list[str]) -> None:
             learned = plan.learning
             with runner.fusion.learning(learned):
                 runner.launch(plan)
+        leave(runner)
+
+
+def leave(runner: ModelRunner) -> None:
+    """Let go of what waits for a process group to end: graphs that hold its sums."""
+    if runner.graphs is not None:
+        if runner.state.device.type == "cuda":
+            torch.cuda.synchronize(runner.state.device)
+        runner.graphs.clear()
 
 
 class ParallelCore(EngineCore):
@@ -96,8 +107,7 @@ class ParallelCore(EngineCore):
             raise EngineDead(f"a forward of {self._crew.size} ranks failed: {error}") from error
 
     def close(self) -> None:
-        if self.runner.graphs is not None:
-            self.runner.graphs.clear()
+        leave(self.runner)
         self._leave()
 
     def _leave(self) -> None:

@@ -104,12 +104,16 @@ class Crew:
             return
         self._closing.set()
         atexit.unregister(self.close)
-        if not self._lost:
-            if self._dismiss is not None:
-                self._dismiss()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        if not self._lost and self._dismiss is not None:
+            self._dismiss()
         deadline = time.monotonic() + (0.0 if self._lost else FAREWELL)
+        if not self._lost and dist.is_initialized():
+            # Ranks end a group together, and one of them may not get to it.
+            leaving = threading.Thread(target=dist.destroy_process_group, name="linocut-crew", daemon=True)
+            leaving.start()
+            leaving.join(FAREWELL)
+            if leaving.is_alive():
+                log.warning("the ranks did not end their group within %g s", FAREWELL)
         for member in self._members:
             member.join(max(deadline - time.monotonic(), 0.0))
             if member.is_alive():
