@@ -29,7 +29,10 @@ class Results:
             head = {key: sheet[key] for key in _OF_HEAD if key in sheet}
             head["label"] = LABELS.get(sheet["task"], sheet["task"])
             for row in sheet["rows"]:
-                (self.failed if "error" in row else self.rows).append({**head, **row})
+                # Of an earlier sitting, in a sheet that was put together by hand.
+                sitting = row.get("sitting", sheet.get("sitting"))
+                label = head["label"] if sitting is None else f"{head['label']} ({sitting})"
+                (self.failed if "error" in row else self.rows).append({**head, **row, "label": label})
 
     @classmethod
     def read(cls, folder: Path) -> Results:
