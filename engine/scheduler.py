@@ -14,8 +14,9 @@ from __future__ import annotations
 import bisect
 from collections import deque
 
+from .cache.holdings import Holdings, slot_of
 from .cache.pages import OutOfPages, PagePool
-from .cache.prefix import PrefixCache, Unit
+from .cache.prefix import PrefixCache
 from .counters import SchedulerCounters
 from .forecast import Coming, forecast, known, what_ran
 from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
@@ -26,10 +27,9 @@ _WASTE = 0.25
 
 
 class Scheduler:
-    """Owns the sequences, their pages and their row slots.
+    """Owns the sequences, and says what of `Holdings` they get.
 
-    Invariants after every call: each page is free, idle in the prefix cache, or owned by a running sequence; a waiting
-    sequence owns nothing; a sequence ends exactly once.
+    Invariants after every call: a running sequence has a slot, a waiting one owns nothing; each ends exactly once.
     row_share: how much longer a forward takes for one more position (see `prices.py`).
     """
 
@@ -43,20 +43,25 @@ class Scheduler:
         token_budget: int,
         row_share: float = 0.003,
     ) -> None:
-        self.pool = pool
-        self.prefix = prefix
-        self.page_size = page_size
         self.token_budget = token_budget
         self.row_share = row_share
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []  # by order of arrival
         self.running: list[Sequence] = []  # by order of arrival
-        self._slots = list(range(max_running - 1, -1, -1))
+        self.holdings = Holdings(pool, prefix, page_size, max_running)
         self._under_way: deque[list[tuple[Sequence, RowPlan]]] = deque()  # the rows of plans, oldest first
         self._short = False  # of pages: somebody was left out of a plan made ahead
         self._step = 0
         self._keeps: list[tuple[int, int]] = []
         self._forgets: list[int] = []
+
+    @property
+    def pool(self) -> PagePool:
+        return self.holdings.pool
+
+    @property
+    def prefix(self) -> PrefixCache:
+        return self.holdings.prefix
 
     # ---------------------------------------------------------------- requests
 
@@ -68,7 +73,7 @@ class Scheduler:
         self.counters.discarded["abort"] += sum(sequence.decided[len(sequence.tokens) - sequence.start :])
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-            self._release(sequence)
+            self.holdings.release(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
             self._forgets.append(sequence.order)
@@ -135,16 +140,16 @@ class Scheduler:
 
         admissions = []
         # Whoever was preempted just now must not take the pages back before the older ones have what they need.
-        candidates = list(self.waiting) if self._slots and preemptions == self.counters.preemptions else []
+        candidates = list(self.waiting) if self.holdings.free_slots and preemptions == self.counters.preemptions else []
         for sequence in () if self._short else candidates:
-            if not self._slots:
+            if not self.holdings.free_slots:
                 break
             if not self._admissible(sequence):
                 continue
             if not self._admit(sequence):
                 break
             admissions.append(self._admission(sequence))
-            grants[sequence] = PageGrant(self._slot(sequence), 0, list(sequence.pages))
+            grants[sequence] = PageGrant(slot_of(sequence), 0, list(sequence.pages))
             # Without budget left it comes first in the next step.
             coming = known(sequence)
             width = self._width_within(sequence, coming, budget) or self._least_width(sequence, coming, alone=not rows)
@@ -235,7 +240,7 @@ class Scheduler:
         scratch = segments * geometry.segment
         end = coming.reach + scratch if whole else coming.run_start + width
         return RowPlan(
-            slot=self._slot(sequence),
+            slot=slot_of(sequence),
             strategy=sequence.request.decoding.strategy,
             width=width,
             targets=coming.targets if whole else 0,
@@ -260,13 +265,14 @@ class Scheduler:
         while True:
             scratch = coming.scratch if width == coming.width else 0
             try:
-                grant = self._allocate(sequence, max(coming.run_start + width + scratch, sequence.geometry.canvas))
+                grant = self.holdings.extend(
+                    sequence, max(coming.run_start + width + scratch, sequence.geometry.canvas)
+                )
             except OutOfPages:
                 if scratch:
                     coming.segments = 0
                     continue
-                held = len(sequence.pages)
-                if 0 < coming.clean < width and self._pages_for(sequence.final_len + coming.clean) <= held:
+                if 0 < coming.clean < width and self.holdings.cover(sequence, sequence.final_len + coming.clean):
                     width = coming.clean
                     continue
                 victim = self.running[-1]
@@ -282,23 +288,10 @@ class Scheduler:
         """Pages for wherever the next `width` positions will stand; width 0 if there are none."""
         end = coming.reach + coming.scratch if width == coming.width else coming.run_start + width
         try:
-            return self._allocate(sequence, end), width
+            return self.holdings.extend(sequence, end), width
         except OutOfPages:
             self._short = True
             return None, 0
-
-    def _allocate(self, sequence: Sequence, end: int) -> PageGrant | None:
-        """Pages up to position `end`. Raises OutOfPages; then nothing was taken."""
-        first = len(sequence.pages)
-        if end <= first * self.page_size:
-            return None
-        missing = self._pages_for(end) - first
-        if missing > self.pool.free + self.prefix.idle_pages:
-            raise OutOfPages
-        self.prefix.evict(missing)
-        pages = self.pool.allocate(missing)
-        sequence.pages.extend(pages)
-        return PageGrant(self._slot(sequence), first, pages)
 
     def _apply(self, sequence: Sequence, ran: RowPlan, report: RowReport, now: float) -> list[int]:
         before = len(sequence.tokens)
@@ -327,21 +320,14 @@ class Scheduler:
         sequence.segments = report.next_segments
         if sequence.geometry.window > sequence.geometry.block:
             sequence.ahead = sequence.run_end - sequence.start
-        self._share_final_units(sequence)
+        self.holdings.share(sequence)
         if sequence.finish:
             self.running.remove(sequence)
-            self._release(sequence)
+            self.holdings.release(sequence)
             sequence.status = Status.FINISHED
         return new
 
-    # ---------------------------------------------------------------- pages and slots
-
-    def _pages_for(self, positions: int) -> int:
-        return -(-positions // self.page_size)
-
-    def _slot(self, sequence: Sequence) -> int:
-        assert sequence.slot is not None, "a running sequence has a slot"
-        return sequence.slot
+    # ---------------------------------------------------------------- who runs
 
     def _admissible(self, sequence: Sequence) -> bool:
         """Further choices of a prompt wait until the first one's prefix can be shared."""
@@ -354,32 +340,9 @@ class Scheduler:
         )
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a slot, the cached pages of its prefix and pages for the rest of its first step."""
-        # The last unit is always recomputed: its forward yields the logits that decoding starts from.
-        limit = min(len(sequence.tokens) - 1, sequence.start)
-        units = self.prefix.match(sequence.tokens, sequence.request.salt, limit)
-        cached = len(units) * self.prefix.unit_tokens
-        sequence.plan_from(cached)
         # A page for each running sequence stays back: admitting one only to preempt it helps nobody.
-        available = self.pool.free + self.prefix.idle_pages - len(self.running)
-        cached_pages = len(units) * self.prefix.unit_pages
-        missing = self._pages_for(sequence.run_end + sequence.scratch) - cached_pages
-        if missing > available and sequence.segments:
-            sequence.segments = 0
-            missing = self._pages_for(sequence.run_end) - cached_pages
-        if missing > available:
-            for unit in reversed(units):
-                self.prefix.release(unit)
-            sequence.plan_from(0)
+        if not self.holdings.admit(sequence, spare=len(self.running)):
             return False
-        self.prefix.count(limit, cached)
-        self.prefix.evict(missing)
-        pages = self.pool.allocate(missing)
-        sequence.units = list(units)
-        sequence.key = units[-1].key if units else self.prefix.root(sequence.request.salt)
-        sequence.pages = [page for unit in units for page in unit.pages] + pages
-        sequence.cached_tokens = min(cached, sequence.prompt_len) if not sequence.forwards else sequence.cached_tokens
-        sequence.slot = self._slots.pop()
         sequence.status = Status.RUNNING
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
@@ -387,7 +350,7 @@ class Scheduler:
 
     def _admission(self, sequence: Sequence) -> Admission:
         return Admission(
-            slot=self._slot(sequence),
+            slot=slot_of(sequence),
             tokens=sequence.tokens,
             prompt_len=sequence.prompt_len,
             limit=sequence.limit,
@@ -404,62 +367,23 @@ class Scheduler:
             decoding=sequence.request.decoding,
         )
 
-    def _share_final_units(self, sequence: Sequence) -> None:
-        size, per_unit = self.prefix.unit_tokens, self.prefix.unit_pages
-        if sequence.final_len < (len(sequence.units) + 1) * size:
-            return
-        # Drafts behind a stop may have been right: their K/V is final, but they are no part of the text.
-        final = min(sequence.final_len, len(sequence.tokens))
-        while (len(sequence.units) + 1) * size <= final:
-            index = len(sequence.units)
-            sequence.key = self.prefix.next_key(sequence.key, sequence.tokens[index * size : (index + 1) * size])
-            pages = tuple(sequence.pages[index * per_unit : (index + 1) * per_unit])
-            sequence.units.append(self.prefix.insert(sequence.key, pages))
-
     def _preempt(self, sequence: Sequence) -> None:
         self.counters.preemptions += 1
-        self._keeps.append((self._slot(sequence), sequence.order))
+        self._keeps.append((slot_of(sequence), sequence.order))
         self.running.remove(sequence)
-        self._release(sequence)
+        self.holdings.release(sequence)
         sequence.status = Status.WAITING
         sequence.plan_from(0)
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
-
-    def _release(self, sequence: Sequence) -> None:
-        per_unit = self.prefix.unit_pages
-        shared: list[Unit] = []
-        private = list(sequence.pages[len(sequence.units) * per_unit :])
-        for index, unit in enumerate(sequence.units):
-            if unit is None:
-                private.extend(sequence.pages[index * per_unit : (index + 1) * per_unit])
-            else:
-                shared.append(unit)
-        self.pool.release(private)
-        # Children first, so that they are evicted before the units they hang on.
-        for unit in reversed(shared):
-            self.prefix.release(unit)
-        sequence.pages, sequence.units = [], []
-        self._slots.append(self._slot(sequence))
-        sequence.slot = None
 
     # ---------------------------------------------------------------- integrity
 
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold (tests, `check_invariants`)."""
-        owned: dict[int, int] = {}
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
-            assert sequence.slot is not None
-            for page in sequence.pages:
-                owned[page] = owned.get(page, 0) + 1
-            writable = sequence.pages[sequence.final_len // self.page_size :]
-            for page in writable:
-                assert self.pool.references(page) == 1, "a writable page is shared"
         for sequence in self.waiting:
             assert sequence.status is Status.WAITING
             assert not sequence.pages
             assert sequence.slot is None
-        assert self.pool.free + self.prefix.idle_pages + len(owned) == self.pool.total, "pages leaked"
-        slots = [s.slot for s in self.running] + self._slots
-        assert len(slots) == len(set(slots)), "a slot has two owners"
-        self.prefix.check()
+        self.holdings.check(self.running)

@@ -38,16 +38,16 @@ class ClaimedPrefix(PrefixCache):
 @contextmanager
 def claimed_contexts(core: EngineCore) -> Iterator[None]:
     """Within, requests start as if the K/V of their prompts were there. The engine must be idle at both ends."""
-    scheduler = core.scheduler
-    own = scheduler.prefix
+    holdings = core.scheduler.holdings
+    own = holdings.prefix
     own.clear()
     with torch.no_grad():
         # Zeros would be multiplied at less power, at higher clocks.
         for layer in (*core.runner.cache.keys, *core.runner.cache.values):
             layer.normal_()
-    scheduler.prefix = claimed = ClaimedPrefix(scheduler.pool, scheduler.page_size, own.unit_tokens, "claimed")
+    holdings.prefix = claimed = ClaimedPrefix(holdings.pool, holdings.page_size, own.unit_tokens, "claimed")
     try:
         yield
     finally:
         claimed.clear()
-        scheduler.prefix = own
+        holdings.prefix = own

@@ -164,7 +164,7 @@ class Harness:
 
     def check_empty(self) -> None:
         assert self.pool.free + self.prefix.idle_pages == self.pool.total
-        assert sorted(self.scheduler._slots) == list(range(self.max_running))
+        assert sorted(self.scheduler.holdings.free_slots) == list(range(self.max_running))
         self.prefix.clear()
         assert self.prefix.idle_pages == 0
         assert self.pool.free == self.pool.total
@@ -194,7 +194,7 @@ class Harness:
         assert {grant.slot for grant in plan.grants} <= {s.slot for s in running}
         for row, sequence in zip(plan.rows, planned, strict=True):
             assert row.slot == sequence.slot
-            held = len(sequence.pages) * scheduler.page_size
+            held = len(sequence.pages) * scheduler.holdings.page_size
             # Of plans made ahead, the device says whether pages are there for what it turns out to run.
             assert ahead or sequence.run_start + row.width <= held, "planned positions have no pages"
         for sequence in running:

@@ -244,7 +244,7 @@ def test_a_prompt_may_hold_the_ids_of_edits(folder: Path, network: Llada22) -> N
     answer = run(core, [message], observe=watch)["a", 0]
     assert len(answer.tokens) == 21
     assert not {DELETE, SPLIT, MASK} & set(answer.tokens)
-    assert core.scheduler._slots[-1] == 0, "it was looked at in its slot"
+    assert core.scheduler.holdings.free_slots[-1] == 0, "it was looked at in its slot"
     assert all(state == prompt for state in states)
 
 

@@ -187,7 +187,7 @@ def assert_empty(core: EngineCore) -> None:
     stats = core.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     assert stats.pages_free + stats.pages_cached == stats.pages_total
-    assert len(core.scheduler._slots) == core.info.max_running
+    assert len(core.scheduler.holdings.free_slots) == core.info.max_running
     assert not core._sequences
 
 

@@ -115,7 +115,7 @@ def test_contexts_that_do_not_fit_are_fewer(tmp_path: Path, monkeypatch: pytest.
     def load(variant: Variant, settings: Settings) -> EngineCore:
         core = real(variant, settings)
         # Two contexts of 64, and the room behind them.
-        core.scheduler.pool = core.scheduler.prefix.pool = PagePool(1 + 2 * (64 + 320) // core.info.page_size)
+        core.scheduler.holdings.pool = core.scheduler.prefix.pool = PagePool(1 + 2 * (64 + 320) // core.info.page_size)
         return core
 
     real = shape_task._load
