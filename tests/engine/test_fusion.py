@@ -61,7 +61,7 @@ def test_a_text_is_the_same_where_stages_are_compiled(backend: Counting, family:
 
     def answers() -> dict[tuple[str, int], Answer]:
         core.scheduler.prefix.clear()
-        return run(core, requests_of(core, family, strategy))
+        return run(core, requests_of(core, family, strategy)[-2:])
 
     expected = answers()
     assert backend.graphs == 0
