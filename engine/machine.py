@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import torch
@@ -16,7 +16,7 @@ from .config import EngineConfig
 from .errors import ConfigError
 from .family import FamilyTraits
 from .models.backbone import Backbone
-from .models.linear import has_vnni
+from .models.linear import has_integers, has_vnni
 
 # K/V pages on a CPU unless the operator says otherwise.
 CPU_KV_BYTES = 2 << 30
@@ -97,12 +97,14 @@ def cpu_name() -> str:
     )
 
 
-def row_share(device: torch.device, dtype: torch.dtype, quantization: str, backend: Backend) -> float:
+def row_share(
+    device: torch.device, dtype: torch.dtype, quantization: Literal["none", "int8"], backend: Backend
+) -> float:
     """How much longer a forward takes for one more position, in forwards of one (SmolLM2-135M; AVX-512 CPU, H200)."""
     if device.type == "cuda":
         return 0.003
     # Products in integers of our own make the forward of one position cheap, not only the next one.
-    if quantization == "int8" and backend != "native":
+    if quantization == "int8" and not has_integers(quantization, backend):
         return 0.05
     return 0.02 if dtype == torch.bfloat16 else 0.08
 
