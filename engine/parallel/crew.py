@@ -148,8 +148,9 @@ def join(rank: int, size: int, meeting: Path, device: torch.device) -> Ranks:
         torch.set_num_threads(max(torch.get_num_threads() // size, 1))
     names = [name for _, name in socket.if_nameindex()]
     loopback = next((name for name in ("lo", "lo0") if name in names), None)
-    enter(rank, size, FileStore(str(meeting), size), device, loopback)
-    return Ranks(rank, size, device, peer_sums(rank, size, device))
+    ranks = enter(rank, size, FileStore(str(meeting), size), device, loopback)
+    ranks.peers = peer_sums(ranks)
+    return ranks
 
 
 def enter(rank: int, size: int, store: Store, device: torch.device, interface: str | None) -> Ranks:

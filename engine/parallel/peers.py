@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 log = logging.getLogger("linocut.engine")
 
@@ -49,20 +53,22 @@ class PeerSums:
         return total.view(x.shape)
 
 
-def peer_sums(rank: int, size: int, device: torch.device) -> PeerSums | None:
-    """For the ranks of one host, whose GPUs are numbered as they are; None where NCCL has to do."""
-    if device.type != "cuda" or torch.version.hip is not None:
+def peer_sums(ranks: Ranks) -> PeerSums | None:
+    """For the ranks of one host, whose GPUs are numbered as they are; None, for all of them, where NCCL has to do."""
+    device, rank = ranks.device, ranks.rank
+    if device is None or device.type != "cuda" or torch.version.hip is not None:
         return None
-    others = [device.index - rank + other for other in range(size) if other != rank]
-    found, can = None, all(torch.cuda.can_device_access_peer(device, other) for other in others)
-    if _all(can):
-        try:
-            found = PeerSums(device, size)
-        except RuntimeError as error:
-            log.warning("sums over the GPUs are NCCL's, since these do not share memory: %s", str(error)[:300])
-        if not _all(found is not None):
-            return None
-    if found is not None and not _all(_sums_right(found, rank, device)):
+    others = [device.index - rank + other for other in range(ranks.size) if other != rank]
+    if not ranks.least(all(torch.cuda.can_device_access_peer(device, other) for other in others)):
+        return None
+    found = None
+    try:
+        found = PeerSums(device, ranks.size)
+    except RuntimeError as error:
+        log.warning("sums over the GPUs are NCCL's, since these do not share memory: %s", str(error)[:300])
+    if not ranks.least(found is not None) or found is None:
+        return None
+    if not ranks.least(_sums_right(found, rank, device)):
         log.warning("sums over the GPUs are NCCL's, since a trial went wrong")
         return None
     return found
@@ -79,10 +85,3 @@ def _sums_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
         for dtype in (torch.float32, torch.bfloat16):
             right &= (peers.sum(x.to(dtype)) == expected.to(dtype)).all()
     return bool(right)
-
-
-def _all(fact: bool) -> bool:
-    """Whether it is so for every rank; the host waits for it."""
-    everywhere = torch.tensor([int(fact)])
-    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-    return bool(everywhere)

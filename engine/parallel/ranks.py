@@ -19,20 +19,17 @@ class Ranks:
     own, and has no device yet.
     """
 
-    def __init__(
-        self, rank: int = 0, size: int = 1, device: torch.device | None = None, peers: PeerSums | None = None
-    ) -> None:
-        """peers: sum what they take."""
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self._peers = peers
+        self.peers: PeerSums | None = None  # sum what they take
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks, contiguous; perhaps in the place of `x`."""
         if self.size == 1:
             return x
         x = x.contiguous()
-        if self._peers is not None and self._peers.take(x):
-            return self._peers.sum(x)
+        if self.peers is not None and self.peers.take(x):
+            return self.peers.sum(x)
         dist.all_reduce(x)
         return x
 
