@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from own_rows import assert_rows_own
 from torch.nn.functional import linear
 
 from linocut.kernels import native
@@ -95,22 +96,8 @@ def test_products_are_exact_to_the_rounding_of_sums(rows, bias, inputs, outputs)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("levels", [15, 127, None])
 def test_a_row_depends_on_no_other(levels, threads):
-    """Bit for bit, wherever it stands and however many stand beside it: also beside NaN."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        weight = NativeWeight(half_weight(965, 576) if levels is None else quantised(965, 576, levels))
-        x = torch.randn(80, 576)
-        alone = torch.cat([weight.multiply(x[i : i + 1]) for i in range(len(x))])
-        for rows in range(1, 80):
-            assert torch.equal(weight.multiply(x[:rows]), alone[:rows]), f"{rows} rows"
-        assert torch.equal(weight.multiply(x[13:54]), alone[13:54])
-        spoilt = x[:9].clone()
-        spoilt[4] = float("nan")
-        kept = [0, 1, 2, 3, 5, 6, 7, 8]
-        assert torch.equal(weight.multiply(spoilt)[kept], alone[kept])
-    finally:
-        torch.set_num_threads(before)
+    weight = NativeWeight(half_weight(965, 576) if levels is None else quantised(965, 576, levels))
+    assert_rows_own(weight.multiply, torch.randn(80, 576), threads, {(4,): float("nan")})
 
 
 def test_low_rank_products_are_added_to_some_rows_of_part_of_a_tensor():
