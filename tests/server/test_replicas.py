@@ -119,8 +119,8 @@ def test_places_are_those_of_all_engines_together_and_a_prompts_choices_stay_tog
         assert split.status_code == 503
         assert len(one.adds) == len(two.adds) == 1, "nothing of a refused call is sent"
         pool.submit(ask, server, prompt=[[1], [2]])
-        until(lambda: server.service.engine.in_flight == 6)
-        assert len(one.adds) == len(two.adds) == 2
+        until(lambda: len(one.adds) == len(two.adds) == 2)
+        assert server.service.engine.in_flight == 6
         server.stop()
 
 
