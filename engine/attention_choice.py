@@ -77,7 +77,7 @@ def _backend(config: EngineConfig, part: Backbone, dtype: torch.dtype, device: t
         if load_native(cache_root() / "native"):
             return "native"
         if wanted == "native":
-            raise ConfigError("attention native needs Linux, a CPU with AVX-512 and a C compiler (cc, or CC names it)")
+            raise ConfigError("attention native needs Linux, a CPU with AVX2 and a C compiler (cc, or CC names it)")
     if wanted == "native":
         raise ConfigError("attention native is for float32 on a CPU")
     if wanted in ("triton", "flash") and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -11,12 +11,13 @@ import msgspec
 import torch
 
 from linocut.kernels.backend import Backend
+from linocut.kernels.native import multiplies_integers
 
 from .config import EngineConfig
 from .errors import ConfigError
 from .family import FamilyTraits
 from .models.backbone import Backbone
-from .models.linear import has_integers, has_vnni
+from .models.linear import has_integers
 
 # K/V pages on a CPU unless the operator says otherwise.
 CPU_KV_BYTES = 2 << 30
@@ -63,7 +64,7 @@ def choose_dtype(config: EngineConfig, backbone: Stored, device: torch.device) -
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     if device.type == "cuda":
         return torch.float16 if backbone.dtype == "float16" else torch.bfloat16
-    if config.quantization == "int8" and has_vnni():
+    if config.quantization == "int8" and multiplies_integers():
         return torch.float32  # that of the kernels in C, whose products are integers either way
     # Without bf16 instructions a CPU emulates it, several times slower than float32.
     return torch.bfloat16 if backbone.dtype != "float32" and cpu_has_bf16() else torch.float32

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .linear_native import grid_levels, pack_grid
-from .native import library, takes
+from .native import instructions, library, takes
 
 GROUP = 32
-_PANEL = 16
+# Outputs that are multiplied together: those of a register.
+_PANEL = {"AVX2": 8, "AVX512": 16}
 
 
 class _Int8Weight(ctypes.Structure):
@@ -82,10 +83,10 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _panels(values: Tensor) -> Tensor:
-    """[out, groups, ...] -> [panels, groups, ..., 16], zeros for outputs that are missing."""
-    outputs = values.shape[0]
-    padded = torch.cat([values, values.new_zeros((-outputs % _PANEL, *values.shape[1:]))])
-    return padded.view(-1, _PANEL, *values.shape[1:]).movedim(1, -1)
+    """[out, groups, ...] -> [panels, groups, ..., outputs of a panel], zeros for outputs that are missing."""
+    outputs, panel = values.shape[0], _PANEL[instructions()]
+    padded = torch.cat([values, values.new_zeros((-outputs % panel, *values.shape[1:]))])
+    return padded.view(-1, panel, *values.shape[1:]).movedim(1, -1)
 
 
 def _blocks4(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

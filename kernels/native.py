@@ -1,4 +1,4 @@
-"""The CPU's kernels in C (`c/`), compiled on the machine that runs them: float32, x86 with AVX-512, Linux.
+"""The CPU's kernels in C (`c/`), compiled on the machine that runs them: float32, x86 with AVX2 or AVX-512, Linux.
 
 They share torch's OpenMP and its threads. Where there is no compiler, or it fails, the torch functions serve.
 """
@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent / "c"
-# The instructions that torch calls AVX512, so that a library fits any machine which has them.
-_FLAGS = (
-    *("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-mprefer-vector-width=512"),
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-)
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off")
+# The instructions that torch calls by these names, so that a library fits any machine which has them.
+_INSTRUCTIONS = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ),
+}
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES = {
     "native_linear": (None, (_P, _L, _L, _P, _I, _L, _L, _P, _P, _L, _I)),
@@ -52,7 +56,7 @@ def load_native(cache: Path) -> bool:
     global _library, _tried
     if not _tried:
         _tried = True
-        if torch.backends.cpu.get_cpu_capability() == "AVX512" and (gomp := _openmp()) is not None:
+        if instructions() in _INSTRUCTIONS and (gomp := _openmp()) is not None:
             try:
                 # What the kernels need of OpenMP is torch's own.
                 ctypes.CDLL(gomp, mode=ctypes.RTLD_GLOBAL)
@@ -60,6 +64,16 @@ def load_native(cache: Path) -> bool:
             except (OSError, subprocess.SubprocessError, AttributeError) as error:
                 log.info("no native kernels, torch's serve: %s", error)
     return _library is not None
+
+
+def instructions() -> str:
+    """What torch uses of this CPU ("AVX2", "AVX512"; ATEN_CPU_CAPABILITY bounds it), and so do the kernels."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def multiplies_integers() -> bool:
+    """Whether the kernels have products of 8-bit integers here: with AVX-512 these are written for VNNI."""
+    return instructions() == "AVX2" or (instructions() == "AVX512" and bool(torch.cpu._is_vnni_supported()))
 
 
 def library() -> ctypes.CDLL:
@@ -92,7 +106,8 @@ def _compiled(cache: Path) -> Path:
     sources = sorted(SOURCES.glob("*.c"))
     texts = b"".join(path.read_bytes() for path in [*sorted(SOURCES.glob("*.h")), *sources])
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
-    digest = hashlib.sha256(texts + version + " ".join(_FLAGS).encode()).hexdigest()
+    flags = [*_FLAGS, *_INSTRUCTIONS[instructions()]]
+    digest = hashlib.sha256(texts + version + " ".join(flags).encode()).hexdigest()
     made = cache / f"native-{digest[:16]}.so"
     if not made.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -100,7 +115,7 @@ def _compiled(cache: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             objects = [Path(folder) / f"{path.stem}.o" for path in sources]
             for path, target in zip(sources, objects, strict=True):
-                _run([compiler, *_FLAGS, "-c", str(path), "-o", str(target)])
+                _run([compiler, *flags, "-c", str(path), "-o", str(target)])
             # Without -fopenmp, which would name another OpenMP library than torch's.
             _run([compiler, "-shared", *map(str, objects), "-o", f"{folder}/native.so", "-lm"])
             os.replace(f"{folder}/native.so", made)

@@ -47,6 +47,7 @@ from torch.nn.functional import linear, pad
 from linocut.kernels.backend import Backend
 from linocut.kernels.linear_int8 import Int8Weight
 from linocut.kernels.linear_native import MOST_INPUTS, NativeWeight
+from linocut.kernels.native import multiplies_integers
 
 from ..errors import ConfigError
 
@@ -202,7 +203,7 @@ class Int8Linear:
 
 def has_integers(mode: Literal["none", "int8"], backend: Backend) -> bool:
     """Whether products are those of `kernels/linear_int8.py`."""
-    return mode == "int8" and backend == "native" and has_vnni()
+    return mode == "int8" and backend == "native" and multiplies_integers()
 
 
 def fits_float16(weight: Tensor) -> bool:
@@ -231,7 +232,7 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 
 def has_vnni() -> bool:
-    """Whether this CPU sums products of four 8-bit integers in one instruction, as 512-bit vectors or torch's own."""
+    """Whether this CPU sums products of four 8-bit integers in one instruction of 512 bits."""
     return bool(torch.cpu._is_vnni_supported())
 
 

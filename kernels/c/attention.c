@@ -4,9 +4,9 @@
 
 #include "native.h"
 
-/* Query heads, of those that share keys, that run together; slots whose scores are found together; vectors of a head
-   that are mixed together; queries of a block; slots of a tile. */
-enum { HEADS = 4, SLOTS = 4, VECTORS = 4, QUERIES = 8, TILE = 64 };
+/* Query heads, of those that share keys, that run together, as many as there are registers for; slots whose scores are
+   found together; registers of a head that are mixed together; queries of a block; slots of a tile. */
+enum { HEADS = LANES == 16 ? 4 : 3, SLOTS = 4, VECTORS = 4, QUERIES = 8, TILE = 64 };
 
 typedef struct {
     const float *cache; /* of the head: slot 0 of page 0 */
@@ -21,71 +21,76 @@ static inline const float *at(const Store *store, long slot) {
 }
 
 /* Scores of `heads` queries ([heads, size]) with the slots [first, last), to `scores` of each head, `room` apart. */
-static inline __attribute__((always_inline)) void score(const int heads, const float *q, long size, const Store *keys,
+INLINE void score(const int heads, const float *q, long size, const Store *keys,
                                                         long first, long last, float scale, float *scores, long room) {
     for (long slot = first; slot < last; slot += SLOTS, scores += SLOTS) {
         long count = last - slot < SLOTS ? last - slot : SLOTS;
         const float *key[SLOTS];
         for (int s = 0; s < SLOTS; s++) key[s] = at(keys, slot + (s < count ? s : count - 1));
-        __m512 sum[HEADS][SLOTS];
+        Floats sum[HEADS][SLOTS];
         UNROLL for (int h = 0; h < heads; h++) {
-            UNROLL for (int s = 0; s < SLOTS; s++) sum[h][s] = _mm512_setzero_ps();
+            UNROLL for (int s = 0; s < SLOTS; s++) sum[h][s] = v_zero();
         }
-        for (long i = 0; i < size; i += 16) {
-            __m512 values[SLOTS];
-            UNROLL for (int s = 0; s < SLOTS; s++) values[s] = _mm512_loadu_ps(key[s] + i);
+        for (long i = 0; i < size; i += LANES) {
+            Floats values[SLOTS];
+            UNROLL for (int s = 0; s < SLOTS; s++) values[s] = v_load(key[s] + i);
             UNROLL for (int h = 0; h < heads; h++) {
-                __m512 query = _mm512_loadu_ps(q + h * size + i);
-                UNROLL for (int s = 0; s < SLOTS; s++) sum[h][s] = _mm512_fmadd_ps(query, values[s], sum[h][s]);
+                Floats query = v_load(q + h * size + i);
+                UNROLL for (int s = 0; s < SLOTS; s++) sum[h][s] = v_fma(query, values[s], sum[h][s]);
             }
         }
         UNROLL for (int h = 0; h < heads; h++) {
             __m128 found = _mm_mul_ps(sums_of(sum[h][0], sum[h][1], sum[h][2], sum[h][3]), _mm_set1_ps(scale));
-            _mm_mask_storeu_ps(scores + h * room, (__mmask8)((1 << count) - 1), found);
+            store_first(scores + h * room, (int)count, found);
         }
     }
 }
 
 /* Turn `count` scores into weights; returns their sum. */
 static float weigh(float *scores, long count) {
-    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    for (long i = 0; i < count; i += 16)
-        most = _mm512_max_ps(most, _mm512_mask_loadu_ps(most, lanes_before(count - i), scores + i));
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    for (long i = 0; i < count; i += 16) {
-        __mmask16 lanes = lanes_before(count - i);
-        __m512 weight = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, scores + i), most));
-        total = _mm512_mask_add_ps(total, lanes, total, weight);
-        _mm512_mask_storeu_ps(scores + i, lanes, weight);
+    Floats most = v_all(-INFINITY), total = v_zero();
+    for (long i = 0; i < count; i += LANES)
+        most = v_max(most, v_load_or(lanes_before(count - i), scores + i, most));
+    most = v_all(v_most(most));
+    for (long i = 0; i < count; i += LANES) {
+        Mask lanes = lanes_before(count - i);
+        Floats weight = exponential(v_sub(v_load_some(lanes, scores + i), most));
+        total = v_add_some(lanes, total, weight);
+        v_store_some(scores + i, lanes, weight);
     }
-    return _mm512_reduce_add_ps(total);
+    return v_sum(total);
 }
 
-/* Values of the slots [first, last) by their weights, added to out ([heads, size]), 16 * VECTORS columns at a time. */
-static inline __attribute__((always_inline)) void mix(const int heads, long size, const Store *values, long first,
-                                                      long last, const float *weights, long room, float *out) {
-    for (long column = 0; column < size; column += 16 * VECTORS) {
-        __mmask16 lanes[VECTORS];
-        __m512 sum[HEADS][VECTORS];
-        UNROLL for (int v = 0; v < VECTORS; v++) {
-            lanes[v] = column + 16 * v < size ? 0xFFFF : 0;
-            UNROLL for (int h = 0; h < heads; h++)
-                sum[h][v] = _mm512_maskz_loadu_ps(lanes[v], out + h * size + column + 16 * v);
-        }
-        for (long slot = first; slot < last; slot++) {
-            const float *from = at(values, slot) + column;
-            __m512 value[VECTORS];
-            UNROLL for (int v = 0; v < VECTORS; v++) value[v] = _mm512_maskz_loadu_ps(lanes[v], from + 16 * v);
-            UNROLL for (int h = 0; h < heads; h++) {
-                __m512 weight = _mm512_set1_ps(weights[h * room + slot - first]);
-                UNROLL for (int v = 0; v < VECTORS; v++) sum[h][v] = _mm512_fmadd_ps(weight, value[v], sum[h][v]);
-            }
-        }
+/* `vectors` registers of `heads` heads: values of the slots [first, last) by their weights, added to out. Heads are `size`
+   apart in it. */
+INLINE void mix_columns(const int heads, const int vectors, long size, const Store *values, long column, long first,
+                        long last, const float *weights, long room, float *out) {
+    Floats sum[HEADS][VECTORS];
+    UNROLL for (int h = 0; h < heads; h++) {
+        UNROLL for (int v = 0; v < vectors; v++) sum[h][v] = v_load(out + h * size + column + LANES * v);
+    }
+    for (long slot = first; slot < last; slot++) {
+        const float *from = at(values, slot) + column;
+        Floats value[VECTORS];
+        UNROLL for (int v = 0; v < vectors; v++) value[v] = v_load(from + LANES * v);
         UNROLL for (int h = 0; h < heads; h++) {
-            UNROLL for (int v = 0; v < VECTORS; v++)
-                _mm512_mask_storeu_ps(out + h * size + column + 16 * v, lanes[v], sum[h][v]);
+            Floats weight = v_all(weights[h * room + slot - first]);
+            UNROLL for (int v = 0; v < vectors; v++) sum[h][v] = v_fma(weight, value[v], sum[h][v]);
         }
     }
+    UNROLL for (int h = 0; h < heads; h++) {
+        UNROLL for (int v = 0; v < vectors; v++) v_store(out + h * size + column + LANES * v, sum[h][v]);
+    }
+}
+
+/* All columns of `heads` heads ([heads, size]). */
+INLINE void mix(const int heads, long size, const Store *values, long first, long last, const float *weights, long room,
+                float *out) {
+    long column = 0;
+    for (; column + LANES * VECTORS <= size; column += LANES * VECTORS)
+        mix_columns(heads, VECTORS, size, values, column, first, last, weights, room, out);
+    for (; column < size; column += LANES)
+        mix_columns(heads, 1, size, values, column, first, last, weights, room, out);
 }
 
 typedef struct {
@@ -95,7 +100,7 @@ typedef struct {
 static inline long least(long x, long y) { return x < y ? x : y; }
 
 /* Scores, or with `mixing` their mixtures, of a query with what it sees of the slots [first, last). */
-static inline __attribute__((always_inline)) void part(const int heads, int mixing, const float *q, long size,
+INLINE void part(const int heads, int mixing, const float *q, long size,
                                                        const Store *store, Sight sight, long first, long last,
                                                        float scale, float *scores, long room, float *out) {
     long ends[2][2] = {{first, least(last, sight.a)}, {first > sight.b ? first : sight.b, least(last, sight.c)}};
@@ -112,7 +117,7 @@ static inline __attribute__((always_inline)) void part(const int heads, int mixi
 
 /* `heads` heads of `count` queries, `stride` values apart. Slots are taken a tile at a time by all of them, as many as
    stay in the first-level cache; of this a query's result does not depend. */
-static inline __attribute__((always_inline)) void attend(const int heads, int count, const float *q, long stride,
+INLINE void attend(const int heads, int count, const float *q, long stride,
                                                          long size, const Store *keys, const Store *values,
                                                          const Sight *sights, float scale, float *scores, long room,
                                                          float *out) {
@@ -183,7 +188,7 @@ int native_attention(const float *q, const float *k_cache, const float *v_cache,
                     case 1: ATTEND(1); break;
                     case 2: ATTEND(2); break;
                     case 3: ATTEND(3); break;
-                    default: ATTEND(4);
+                    default: ATTEND(HEADS);
                     }
                 }
             }

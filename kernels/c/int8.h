@@ -2,7 +2,7 @@
 
 #include "native.h"
 
-enum { GROUP = 32, PANEL = 16 };
+enum { GROUP = 32, PANEL = LANES };
 
 /* A group of a row: values are codes * scale; sum: that of the values; shift: -128 times that of the codes. Rows are
    quantised to [groups, rows] of these, so that those of a group are neighbours. */
@@ -12,13 +12,13 @@ typedef struct {
     int32_t shift;
 } Part;
 
-/* Weights: [panels, groups] blocks of 16 outputs and 32 inputs, four inputs of an output side by side, zeros beyond the
+/* Weights: [panels, groups] blocks of PANEL outputs and 32 inputs, four inputs of an output side by side, zeros beyond the
    last output or input.
-   CODES4: value = code * scale + offset. 256 bytes hold codes of 0 to 15 (a low half is an input, the high half the one
-   four further), then 16 scales and 16 offsets, one an output, in float16.
-   CODES8: value = (code - 128) * scale. 512 bytes of codes, then 16 scales in float32. */
+   CODES4: value = code * scale + offset. Codes of 0 to 15 (a low half is an input, the high half the one four further),
+   then scales and offsets, one an output, in float16.
+   CODES8: value = (code - 128) * scale. Codes, then scales in float32. */
 enum { CODES4, CODES8 };
-enum { CODES4_BYTES = 320, CODES8_BYTES = 576 };
+enum { CODES4_BYTES = (GROUP / 2 + 4) * PANEL, CODES8_BYTES = (GROUP + 4) * PANEL };
 
 typedef struct {
     const uint8_t *blocks;

@@ -6,7 +6,9 @@
 
 #include "native.h"
 
-enum { TILE = 4, MOST_ROWS = 6, GROUP = 32 };
+/* Outputs of a tile, rows that are multiplied with it together (their sums are all registers), inputs of a group, registers
+   that hold a group. */
+enum { TILE = 4, MOST_ROWS = LANES == 16 ? 6 : 3, GROUP = 32, PARTS = GROUP / LANES };
 
 /* Formats. Values are those of a float16 checkpoint, so grids are rounded to float16 before they are used.
    HALF: [out, in] float16.
@@ -21,47 +23,55 @@ static long row_bytes(int format, long in) {
     return format == HALF ? 2 * in : in / GROUP * (format == GRID4 ? GRID4_BYTES : GRID8_BYTES);
 }
 
-static inline __m512 rounded(__m512 values) {
-    return _mm512_cvtph_ps(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
 /* A group's 32 values. */
-static inline void decode_GRID4(const uint8_t *from, __m512 *low, __m512 *high) {
-    const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 scale = _mm512_set1_ps(read_float(from + 16)), offset = _mm512_set1_ps(read_float(from + 20));
-    __m512 levels = rounded(_mm512_add_ps(_mm512_mul_ps(steps, scale), offset));
+static inline void decode_GRID4(const uint8_t *from, Floats values[PARTS]) {
+    Floats scale = v_all(read_float(from + 16)), offset = v_all(read_float(from + 20));
+#ifdef __AVX512F__
+    const Floats steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    Floats levels = v_rounded(v_add(v_mul(steps, scale), offset));
     __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
     /* A permutation reads the low four bits of an index. */
-    *low = _mm512_permutexvar_ps(codes, levels);
-    *high = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), levels);
+    values[0] = _mm512_permutexvar_ps(codes, levels);
+    values[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), levels);
+#else
+    const __m256i nibble = _mm256_set1_epi32(15);
+    UNROLL for (int i = 0; i < 2; i++) {
+        __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8 * i)));
+        __m256i low = _mm256_and_si256(codes, nibble), high = _mm256_srli_epi32(codes, 4);
+        values[i] = v_rounded(v_add(v_mul(_mm256_cvtepi32_ps(low), scale), offset));
+        values[2 + i] = v_rounded(v_add(v_mul(_mm256_cvtepi32_ps(high), scale), offset));
+    }
+#endif
 }
 
-static inline void decode_GRID8(const uint8_t *from, __m512 *low, __m512 *high) {
-    __m512 scale = _mm512_set1_ps(read_float(from + GROUP));
-    __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
-    __m512i second = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + 16)));
-    *low = rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(first), scale));
-    *high = rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(second), scale));
+static inline void decode_GRID8(const uint8_t *from, Floats values[PARTS]) {
+    Floats scale = v_all(read_float(from + GROUP));
+    UNROLL for (int i = 0; i < PARTS; i++) values[i] = v_rounded(v_mul(v_from_bytes(from + LANES * i), scale));
 }
 
-/* One output's weights as float32, zeros up to a multiple of 16. ahead: bytes to the tile that is fetched meanwhile. */
+/* One output's weights as float32, zeros up to a multiple of LANES. ahead: bytes to the tile that is fetched meanwhile. */
 static void expand(int format, const uint8_t *from, long in, long ahead, float *to) {
     if (format == HALF) {
-        for (long i = 0; i < in; i += 16, from += 32) {
+        long i = 0;
+        for (; i + LANES <= in; i += LANES, from += 2 * LANES) {
             _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
-            _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_before(in - i), from)));
+            v_store(to + i, v_from_half(from));
+        }
+        if (i < in) {
+            uint16_t last[LANES] = {0};
+            memcpy(last, from, (size_t)(2 * (in - i)));
+            v_store(to + i, v_from_half(last));
         }
         return;
     }
     for (long i = 0; i < in; i += GROUP, from += format == GRID4 ? GRID4_BYTES : GRID8_BYTES) {
-        __m512 low, high;
+        Floats values[PARTS];
         _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
         if (format == GRID4)
-            decode_GRID4(from, &low, &high);
+            decode_GRID4(from, values);
         else
-            decode_GRID8(from, &low, &high);
-        _mm512_storeu_ps(to + i, low);
-        _mm512_storeu_ps(to + i + 16, high);
+            decode_GRID8(from, values);
+        UNROLL for (int p = 0; p < PARTS; p++) v_store(to + i + LANES * p, values[p]);
     }
 }
 
@@ -69,52 +79,57 @@ static void expand(int format, const uint8_t *from, long in, long ahead, float *
 #define MULTIPLY(ROWS)                                                                                                 \
     static void multiply_##ROWS(const float *x, long x_stride, long in, const float *tile, long tile_stride,           \
                                 const float *bias, float *y, long y_stride, int out, int add) {                        \
-        __m512 sum[ROWS][TILE];                                                                                        \
+        Floats sum[ROWS][TILE];                                                                                        \
         UNROLL for (int r = 0; r < ROWS; r++) {                                                                        \
-            UNROLL for (int o = 0; o < TILE; o++) sum[r][o] = _mm512_setzero_ps();                                     \
+            UNROLL for (int o = 0; o < TILE; o++) sum[r][o] = v_zero();                                                \
         }                                                                                                              \
-        __mmask16 lanes = 0xFFFF;                                                                                      \
-        for (long i = 0; i < in; i += 16) {                                                                            \
-            if (in - i < 16) lanes = lanes_before(in - i);                                                             \
-            __m512 weights[TILE];                                                                                      \
-            UNROLL for (int o = 0; o < TILE; o++) weights[o] = _mm512_load_ps(tile + o * tile_stride + i);             \
+        Mask lanes = lanes_before(LANES);                                                                              \
+        for (long i = 0; i < in; i += LANES) {                                                                         \
+            if (in - i < LANES) lanes = lanes_before(in - i);                                                          \
+            Floats weights[TILE];                                                                                      \
+            UNROLL for (int o = 0; o < TILE; o++) weights[o] = v_load_aligned(tile + o * tile_stride + i);             \
             UNROLL for (int r = 0; r < ROWS; r++) {                                                                    \
-                __m512 values = _mm512_maskz_loadu_ps(lanes, x + r * x_stride + i);                                    \
-                UNROLL for (int o = 0; o < TILE; o++) sum[r][o] = _mm512_fmadd_ps(values, weights[o], sum[r][o]);      \
+                Floats values = v_load_some(lanes, x + r * x_stride + i);                                              \
+                UNROLL for (int o = 0; o < TILE; o++) sum[r][o] = v_fma(values, weights[o], sum[r][o]);                \
             }                                                                                                          \
         }                                                                                                              \
-        __mmask8 kept = (__mmask8)((1 << out) - 1);                                                                    \
-        __m128 shift = bias ? _mm_maskz_loadu_ps(kept, bias) : _mm_setzero_ps();                                       \
+        __m128 shift = bias ? load_first(out, bias) : _mm_setzero_ps();                                                \
         UNROLL for (int r = 0; r < ROWS; r++) {                                                                        \
             float *at = y + r * y_stride;                                                                              \
-            __m128 found = _mm_add_ps(sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), shift);                        \
-            if (add) found = _mm_add_ps(found, _mm_maskz_loadu_ps(kept, at));                                          \
-            _mm_mask_storeu_ps(at, kept, found);                                                                       \
+            __m128 found = _mm_add_ps(sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), shift);                     \
+            if (add) found = _mm_add_ps(found, load_first(out, at));                                                   \
+            store_first(at, out, found);                                                                               \
         }                                                                                                              \
     }
+#ifdef __AVX512F__
 MULTIPLY(1) MULTIPLY(2) MULTIPLY(3) MULTIPLY(4) MULTIPLY(5) MULTIPLY(6)
+#define MULTIPLIES {0, multiply_1, multiply_2, multiply_3, multiply_4, multiply_5, multiply_6}
+#else
+MULTIPLY(1) MULTIPLY(2) MULTIPLY(3)
+#define MULTIPLIES {0, multiply_1, multiply_2, multiply_3}
+#endif
 
 typedef void Multiply(const float *, long, long, const float *, long, const float *, float *, long, int, int);
-static Multiply *const multiply[] = {0, multiply_1, multiply_2, multiply_3, multiply_4, multiply_5, multiply_6};
+static Multiply *const multiply[MOST_ROWS + 1] = MULTIPLIES;
 
-/* Up to twelve rows, which are what decoding has: a pair of a grid's outputs goes from its codes to the sums without a
-   stop in the cache, in the same order as a tile. */
-enum { PAIR = 2, FEW_ROWS = 12 };
+/* A few rows, which are what decoding has: a pair of a grid's outputs goes from its codes to the sums without a stop in
+   the cache, in the same order as a tile. */
+enum { PAIR = 2, FEW_ROWS = LANES == 16 ? 12 : 6 };
 
 #define FEW(FORMAT, ROWS)                                                                                              \
     static void few_##FORMAT##_##ROWS(const float *x, long x_stride, long in, const uint8_t *one, const uint8_t *two,  \
-                                      float *y, long y_stride, __m128 shift, __mmask8 kept, int add) {                 \
-        __m512 sum[ROWS][PAIR], low, high;                                                                             \
-        UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();                             \
+                                      float *y, long y_stride, __m128 shift, int kept, int add) {                      \
+        Floats sum[ROWS][PAIR], values[PARTS];                                                                         \
+        UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = v_zero();                                        \
         for (long i = 0; i < in; i += GROUP, one += FORMAT##_BYTES, two += FORMAT##_BYTES) {                           \
             _mm_prefetch((const char *)one + AHEAD, _MM_HINT_T0);                                                      \
             _mm_prefetch((const char *)two + AHEAD, _MM_HINT_T0);                                                      \
             UNROLL for (int o = 0; o < PAIR; o++) {                                                                    \
-                decode_##FORMAT(o ? two : one, &low, &high);                                                           \
-                UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
-                    sum[r][o] = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * x_stride + i), low, sum[r][o]);                \
-                UNROLL for (int r = 0; r < ROWS; r++)                                                                  \
-                    sum[r][o] = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * x_stride + i + 16), high, sum[r][o]);          \
+                decode_##FORMAT(o ? two : one, values);                                                                \
+                UNROLL for (int p = 0; p < PARTS; p++) {                                                               \
+                    UNROLL for (int r = 0; r < ROWS; r++)                                                              \
+                        sum[r][o] = v_fma(v_load(x + r * x_stride + i + LANES * p), values[p], sum[r][o]);             \
+                }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
         UNROLL for (int r = 0; r < ROWS; r += 2) {                                                                     \
@@ -123,21 +138,26 @@ enum { PAIR = 2, FEW_ROWS = 12 };
             for (int n = 0; n < 2 && r + n < ROWS; n++, both = _mm_movehl_ps(both, both)) {                            \
                 float *at = y + (r + n) * y_stride;                                                                    \
                 __m128 found = _mm_add_ps(both, shift);                                                                \
-                if (add) found = _mm_add_ps(found, _mm_maskz_loadu_ps(kept, at));                                      \
-                _mm_mask_storeu_ps(at, kept, found);                                                                   \
+                if (add) found = _mm_add_ps(found, load_first(kept, at));                                              \
+                store_first(at, kept, found);                                                                          \
             }                                                                                                          \
         }                                                                                                              \
     }
-#define FEW_OF(FORMAT)                                                                                                 \
-    FEW(FORMAT, 1) FEW(FORMAT, 2) FEW(FORMAT, 3) FEW(FORMAT, 4) FEW(FORMAT, 5) FEW(FORMAT, 6)                          \
-    FEW(FORMAT, 7) FEW(FORMAT, 8) FEW(FORMAT, 9) FEW(FORMAT, 10) FEW(FORMAT, 11) FEW(FORMAT, 12)
+#define SIX_OF(FORMAT)                                                                                                 \
+    FEW(FORMAT, 1) FEW(FORMAT, 2) FEW(FORMAT, 3) FEW(FORMAT, 4) FEW(FORMAT, 5) FEW(FORMAT, 6)
+#define SIX_NAMES(F) 0, few_##F##_1, few_##F##_2, few_##F##_3, few_##F##_4, few_##F##_5, few_##F##_6
+#ifdef __AVX512F__
+#define FEW_OF(F)                                                                                                      \
+    SIX_OF(F) FEW(F, 7) FEW(F, 8) FEW(F, 9) FEW(F, 10) FEW(F, 11) FEW(F, 12)
+#define FEW_NAMES(F) {SIX_NAMES(F), few_##F##_7, few_##F##_8, few_##F##_9, few_##F##_10, few_##F##_11, few_##F##_12}
+#else
+#define FEW_OF SIX_OF
+#define FEW_NAMES(F) {SIX_NAMES(F)}
+#endif
 FEW_OF(GRID4)
 FEW_OF(GRID8)
 
-typedef void Few(const float *, long, long, const uint8_t *, const uint8_t *, float *, long, __m128, __mmask8, int);
-#define FEW_NAMES(F)                                                                                                   \
-    {0, few_##F##_1, few_##F##_2, few_##F##_3, few_##F##_4, few_##F##_5, few_##F##_6,                                  \
-     few_##F##_7, few_##F##_8, few_##F##_9, few_##F##_10, few_##F##_11, few_##F##_12}
+typedef void Few(const float *, long, long, const uint8_t *, const uint8_t *, float *, long, __m128, int, int);
 static Few *const few[][FEW_ROWS + 1] = {[GRID4] = FEW_NAMES(GRID4), [GRID8] = FEW_NAMES(GRID8)};
 
 static void few_rows(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
@@ -146,9 +166,9 @@ static void few_rows(const float *x, long x_stride, long rows, const uint8_t *we
 #pragma omp parallel for schedule(dynamic, 16) if (out * in * (rows + 3) >= PARALLEL)
     for (long p = 0; p < pairs; p++) {
         long first = p * PAIR;
-        __mmask8 kept = out - first < PAIR ? 1 : 3;
-        const uint8_t *one = weight + first * bytes, *two = kept == 3 ? one + bytes : one;
-        __m128 shift = bias ? _mm_maskz_loadu_ps(kept, bias + first) : _mm_setzero_ps();
+        int kept = out - first < PAIR ? 1 : PAIR;
+        const uint8_t *one = weight + first * bytes, *two = kept == PAIR ? one + bytes : one;
+        __m128 shift = bias ? load_first(kept, bias + first) : _mm_setzero_ps();
         few[format][rows](x, x_stride, in, one, two, y + first, y_stride, shift, kept, add);
     }
 }
@@ -161,7 +181,7 @@ void native_linear(const float *x, long x_stride, long rows, const uint8_t *weig
         few_rows(x, x_stride, rows, weight, format, in, out, bias, y, y_stride, add);
         return;
     }
-    long stride = (in + 15) / 16 * 16, bytes = row_bytes(format, in);
+    long stride = (in + LANES - 1) / LANES * LANES, bytes = row_bytes(format, in);
     long tiles = (out + TILE - 1) / TILE, blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
 #pragma omp parallel if (out * in * (rows + 3) >= PARALLEL)
     {

@@ -1,111 +1,105 @@
 /* y = x * W^T in integers (linear_int8.py): x is quantised to 8 bits by row and group of 32 inputs, as llama.cpp's Q8_1
-   does, and multiplied with the codes of W, sixteen outputs at a time.
+   does, and multiplied with the codes of W, a panel of outputs at a time.
 
    A group's products are summed exactly; groups are added up in float32 in one order, whatever else is multiplied. So a
-   row's result is its own, bit for bit. Needs AVX512_VNNI, which the rest of the library does not. */
+   row's result is its own, bit for bit. With AVX-512 it needs VNNI as well, which the rest of the library does not. */
 
-#include "int8.h"
+#include "codes.h"
 
-#define VNNI __attribute__((target("avx512vnni")))
-#define INLINE static inline __attribute__((always_inline))
 #define EACH(R) _Pragma("GCC unroll 16") for (int R = 0; R < rows; R++)
 
 /* Rows that are multiplied together: two registers each. */
-enum { MOST_ROWS = 12 };
+enum { MOST_ROWS = LANES == 16 ? 12 : 6 };
 /* Panels that a block of rows is multiplied with before the next one is, where there are several. */
 enum { CHUNK = 4 };
 /* Blocks of weights are fetched so many bytes before they are needed. */
 enum { AHEAD = 6144 };
 
-/* Absolute values as integers, which have the order of the numbers, NaN last: one makes the scale NaN, so that it is not
-   lost. */
-static inline __m512i magnitude(__m512 values) {
-    return _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7FFFFFFF));
-}
-
-static void quantize_part(__m512 low, __m512 high, Part *to) {
-    int most = _mm512_reduce_max_epi32(_mm512_max_epi32(magnitude(low), magnitude(high)));
-    float size = read_float(&most), scale = size / 127.0f;
+/* Absolute values are compared as integers, which have the order of the numbers, NaN last: one makes the scale NaN, so that
+   it is not lost. */
+static void quantize_part(const Floats values[PARTS], Part *to) {
+    Codes most = c_magnitude(values[0]), found[PARTS], all = c_zero();
+    UNROLL for (int p = 1; p < PARTS; p++) most = c_max(most, c_magnitude(values[p]));
+    int bits = c_most(most);
+    float size = read_float(&bits), scale = size / 127.0f;
     /* The inverse of next to nothing would be infinite. */
-    __m512 inverse = _mm512_set1_ps(size < 1e-30f ? 0.0f : 127.0f / size);
-    __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
-    __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-    _mm_storeu_si128((__m128i *)to->codes, _mm512_cvtsepi32_epi8(first));
-    _mm_storeu_si128((__m128i *)(to->codes + 16), _mm512_cvtsepi32_epi8(second));
-    int sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+    Floats inverse = v_all(size < 1e-30f ? 0.0f : 127.0f / size);
+    UNROLL for (int p = 0; p < PARTS; p++) all = c_add(all, found[p] = c_from_floats(v_mul(values[p], inverse)));
+    c_store(to->codes, found);
+    int sum = c_sum(all);
     to->scale = scale, to->sum = scale * (float)sum, to->shift = -128 * sum;
 }
 
 void quantize_row(const float *x, long in, long rows, Part *to) {
-    for (long i = 0; i < in; i += GROUP, to += rows)
-        quantize_part(_mm512_maskz_loadu_ps(lanes_before(in - i), x + i),
-                      i + 16 < in ? _mm512_maskz_loadu_ps(lanes_before(in - i - 16), x + i + 16) : _mm512_setzero_ps(),
-                      to);
+    for (long i = 0; i < in; i += GROUP, to += rows) {
+        Floats values[PARTS];
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            long at = i + LANES * p;
+            values[p] = at < in ? v_load_some(lanes_before(in - at), x + at) : v_zero();
+        }
+        quantize_part(values, to);
+    }
 }
 
 static long block_bytes(int format) { return format == CODES4 ? CODES4_BYTES : CODES8_BYTES; }
 
-INLINE VNNI __m512i dot(__m512i sum, __m512i codes, const int8_t *x) {
-    int32_t four;
-    memcpy(&four, x, sizeof four);
-    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
-}
-
-/* `rows` rows with sixteen outputs. x: of the first row's first group, a group's parts are x_rows apart. */
+/* `rows` rows with a panel of outputs. x: of the first row's first group, a group's parts are x_rows apart. */
 INLINE VNNI void multiply(const int format, const int rows, const Part *x, long x_rows, long groups, const uint8_t *w,
-                          __m512 bias, float *y, long y_stride, __mmask16 kept, int add) {
-    const __m512i half = _mm512_set1_epi8(15);
-    __m512 sum[MOST_ROWS];
-    EACH(r) sum[r] = _mm512_setzero_ps();
+                          Floats bias, float *y, long y_stride, Mask kept, int add) {
+    Floats sum[MOST_ROWS];
+    EACH(r) sum[r] = v_zero();
     for (long g = 0; g < groups; g++, x += x_rows, w += block_bytes(format)) {
-        __m512i found[MOST_ROWS];
+        Codes found[MOST_ROWS];
         for (long line = 0; line < block_bytes(format); line += 64) _mm_prefetch((const char *)w + AHEAD + line, _MM_HINT_T0);
         if (format == CODES4) {
-            EACH(r) found[r] = _mm512_setzero_si512();
+            EACH(r) found[r] = c_zero();
             UNROLL for (int i = 0; i < GROUP / 8; i++) {
-                __m512i both = _mm512_load_si512(w + 64 * i);
-                __m512i low = _mm512_and_si512(both, half), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
-                EACH(r) found[r] = dot(found[r], low, x[r].codes + 8 * i);
-                EACH(r) found[r] = dot(found[r], high, x[r].codes + 8 * i + 4);
+                Codes both = c_load(w + 4 * PANEL * i), low = c_low_halves(both), high = c_high_halves(both);
+                EACH(r) found[r] = dot4(found[r], low, x[r].codes + 8 * i);
+                EACH(r) found[r] = dot4(found[r], high, x[r].codes + 8 * i + 4);
             }
-            __m512 scale = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(w + 256)));
-            __m512 offset = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(w + 288)));
+            Floats scale = v_from_half(w + 16 * PANEL), offset = v_from_half(w + 18 * PANEL);
             EACH(r) {
-                __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(found[r]), scale);
-                sum[r] = _mm512_fmadd_ps(value, _mm512_set1_ps(x[r].scale), sum[r]);
-                sum[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x[r].sum), sum[r]);
+                Floats value = v_mul(c_to_floats(c_total4(found[r])), scale);
+                sum[r] = v_fma(value, v_all(x[r].scale), sum[r]);
+                sum[r] = v_fma(offset, v_all(x[r].sum), sum[r]);
             }
         } else {
-            EACH(r) found[r] = _mm512_set1_epi32(x[r].shift);
+            EACH(r) found[r] = c_start8(x[r].shift);
             UNROLL for (int i = 0; i < GROUP / 4; i++) {
-                __m512i codes = _mm512_load_si512(w + 64 * i);
-                EACH(r) found[r] = dot(found[r], codes, x[r].codes + 4 * i);
+                Codes codes = c_load(w + 4 * PANEL * i);
+                EACH(r) found[r] = dot8(found[r], codes, x[r].codes + 4 * i);
             }
-            __m512 scale = _mm512_load_ps(w + 512);
+            Floats scale = v_load_aligned((const float *)(w + 32 * PANEL));
             EACH(r) {
-                __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(found[r]), scale);
-                sum[r] = _mm512_fmadd_ps(value, _mm512_set1_ps(x[r].scale), sum[r]);
+                Floats value = v_mul(c_to_floats(found[r]), scale);
+                sum[r] = v_fma(value, v_all(x[r].scale), sum[r]);
             }
         }
     }
     EACH(r) {
         float *at = y + r * y_stride;
-        __m512 value = _mm512_add_ps(sum[r], bias);
-        if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(kept, at));
-        _mm512_mask_storeu_ps(at, kept, value);
+        Floats value = v_add(sum[r], bias);
+        if (add) value = v_add(value, v_load_some(kept, at));
+        v_store_some(at, kept, value);
     }
 }
 
-typedef void Multiply(const Part *, long, long, const uint8_t *, __m512, float *, long, __mmask16, int);
+typedef void Multiply(const Part *, long, long, const uint8_t *, Floats, float *, long, Mask, int);
 #define SOME(FORMAT, ROWS)                                                                                             \
-    VNNI static void FORMAT##_##ROWS(const Part *x, long x_rows, long groups, const uint8_t *w, __m512 bias, float *y,  \
-                                     long y_stride, __mmask16 kept, int add) {                                         \
+    VNNI static void FORMAT##_##ROWS(const Part *x, long x_rows, long groups, const uint8_t *w, Floats bias, float *y,  \
+                                     long y_stride, Mask kept, int add) {                                         \
         multiply(FORMAT, ROWS, x, x_rows, groups, w, bias, y, y_stride, kept, add);                                    \
     }
-#define ALL_OF(FORMAT)                                                                                                 \
-    SOME(FORMAT, 1) SOME(FORMAT, 2) SOME(FORMAT, 3) SOME(FORMAT, 4) SOME(FORMAT, 5) SOME(FORMAT, 6)                    \
-    SOME(FORMAT, 7) SOME(FORMAT, 8) SOME(FORMAT, 9) SOME(FORMAT, 10) SOME(FORMAT, 11) SOME(FORMAT, 12)
-#define NAMES(F) {0, F##_1, F##_2, F##_3, F##_4, F##_5, F##_6, F##_7, F##_8, F##_9, F##_10, F##_11, F##_12}
+#define SIX_OF(F) SOME(F, 1) SOME(F, 2) SOME(F, 3) SOME(F, 4) SOME(F, 5) SOME(F, 6)
+#define SIX_NAMES(F) 0, F##_1, F##_2, F##_3, F##_4, F##_5, F##_6
+#ifdef __AVX512F__
+#define ALL_OF(F) SIX_OF(F) SOME(F, 7) SOME(F, 8) SOME(F, 9) SOME(F, 10) SOME(F, 11) SOME(F, 12)
+#define NAMES(F) {SIX_NAMES(F), F##_7, F##_8, F##_9, F##_10, F##_11, F##_12}
+#else
+#define ALL_OF SIX_OF
+#define NAMES(F) {SIX_NAMES(F)}
+#endif
 ALL_OF(CODES4)
 ALL_OF(CODES8)
 static Multiply *const some_rows[][MOST_ROWS + 1] = {[CODES4] = NAMES(CODES4), [CODES8] = NAMES(CODES8)};
@@ -124,8 +118,8 @@ static void int8_product(const Part *x, long x_rows, long rows, const Int8Weight
         for (long b = 0, row = 0; b < blocks; b++) {
             long some = (rows - row + blocks - b - 1) / (blocks - b);
             for (long p = from, o = from * PANEL; p < to; p++, o += PANEL) {
-                __mmask16 kept = lanes_before(weight->out - o);
-                __m512 bias = weight->bias ? _mm512_maskz_loadu_ps(kept, weight->bias + o) : _mm512_setzero_ps();
+                Mask kept = lanes_before(weight->out - o);
+                Floats bias = weight->bias ? v_load_some(kept, weight->bias + o) : v_zero();
                 some_rows[weight->format][some](x + row, x_rows, groups, weight->blocks + p * bytes, bias,
                                                 y + row * y_stride + o, y_stride, kept, add);
             }

@@ -4,19 +4,18 @@
 
 /* The first greatest of `width` values, NaN before all others; returns its place. */
 static long first_best(const float *x, long width) {
-    __m512 most = _mm512_set1_ps(-INFINITY);
-    __mmask16 strange = 0;
-    for (long i = 0; i < width; i += 16) {
-        __m512 value = _mm512_mask_loadu_ps(most, lanes_before(width - i), x + i);
-        strange |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-        most = _mm512_max_ps(most, value);
+    Floats most = v_all(-INFINITY);
+    unsigned strange = 0;
+    for (long i = 0; i < width; i += LANES) {
+        Floats value = v_load_or(lanes_before(width - i), x + i, most);
+        strange |= v_strange(value);
+        most = v_max(most, value);
     }
-    __m512 best = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    for (long i = 0; i < width; i += 16) {
-        __mmask16 lanes = lanes_before(width - i);
-        __m512 value = _mm512_maskz_loadu_ps(lanes, x + i);
-        __mmask16 found = strange ? _mm512_mask_cmp_ps_mask(lanes, value, value, _CMP_UNORD_Q)
-                                  : _mm512_mask_cmp_ps_mask(lanes, value, best, _CMP_EQ_OQ);
+    Floats best = v_all(v_most(most));
+    for (long i = 0; i < width; i += LANES) {
+        Mask lanes = lanes_before(width - i);
+        Floats value = v_load_some(lanes, x + i);
+        unsigned found = lane_bits(lanes) & (strange ? v_strange(value) : v_equal(value, best));
         if (found) return i + __builtin_ctz(found);
     }
     return 0;
@@ -32,14 +31,14 @@ void native_vocabulary(const float *logits, const float *scale, long rows, long 
         best[r] = first_best(x, width);
         float by = scale ? scale[r] : 1.0f, value = x[best[r]] * by;
         maximum[r] = value < lowest ? lowest : value;
-        __m512 factor = _mm512_set1_ps(by), most = _mm512_set1_ps(maximum[r]), one = _mm512_setzero_ps(), two = one;
-        for (long i = 0; i < width; i += 32) {
-            __mmask16 low = lanes_before(width - i), high = i + 16 < width ? lanes_before(width - i - 16) : 0;
-            __m512 first = _mm512_sub_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(low, x + i), factor), most);
-            __m512 second = _mm512_sub_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(high, x + i + 16), factor), most);
-            one = _mm512_mask_add_ps(one, low, one, exponential(first));
-            two = _mm512_mask_add_ps(two, high, two, exponential(second));
+        Floats factor = v_all(by), most = v_all(maximum[r]), one = v_zero(), two = one;
+        for (long i = 0; i < width; i += 2 * LANES) {
+            Mask low = lanes_before(width - i), high = lanes_before(i + LANES < width ? width - i - LANES : 0);
+            Floats first = v_sub(v_mul(v_load_some(low, x + i), factor), most);
+            Floats second = v_sub(v_mul(v_load_some(high, x + i + LANES), factor), most);
+            one = v_add_some(low, one, exponential(first));
+            two = v_add_some(high, two, exponential(second));
         }
-        total[r] = value != value ? value : _mm512_reduce_add_ps(_mm512_add_ps(one, two));
+        total[r] = value != value ? value : v_sum(v_add(one, two));
     }
 }

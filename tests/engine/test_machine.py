@@ -65,11 +65,11 @@ def test_an_engine_has_a_number_below_theirs() -> None:
         share(2, 2)
 
 
-@pytest.mark.parametrize("vnni", [True, False])
-def test_int8_computes_in_float32_where_its_kernels_are(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "has_vnni", lambda: vnni)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_int8_computes_in_float32_where_its_kernels_are(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "multiplies_integers", lambda: kernels)
     monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)
     stored, cpu = SimpleNamespace(dtype="bfloat16"), torch.device("cpu")
     int8 = EngineConfig(model="m", quantization="int8")
-    assert choose_dtype(int8, stored, cpu) == (torch.float32 if vnni else torch.bfloat16)
+    assert choose_dtype(int8, stored, cpu) == (torch.float32 if kernels else torch.bfloat16)
     assert choose_dtype(EngineConfig(model="m"), stored, cpu) == torch.bfloat16

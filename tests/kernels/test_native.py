@@ -23,7 +23,7 @@ SHAPES = [(576, 960), (1536, 65), (64, 3072), (96, 3), (33, 7), (1, 5)]  # (in, 
 @pytest.fixture(autouse=True, scope="module")
 def kernels(tmp_path_factory):
     if not native.load_native(tmp_path_factory.mktemp("native")):
-        pytest.skip("no AVX-512, or no C compiler")
+        pytest.skip("no AVX2, or no C compiler")
 
 
 def half_weight(outputs, inputs):
