@@ -229,8 +229,14 @@ def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
     strategy = build_strategies(False)[request.decoding.strategy]
     window = strategy.window(values, traits)
     if strategy.frontier:
-        feed, segment = strategy.first_feed(values, traits), strategy.segment(values, traits)
-        return Geometry(feed=feed, refeeds=strategy.refeeds, segment=segment, window=window, asks=window)
+        return Geometry(
+            feed=strategy.first_feed(values, traits),
+            refeeds=strategy.refeeds,
+            segment=strategy.segment(values, traits),
+            shortest=strategy.shortest(values, traits),
+            window=window,
+            asks=window,
+        )
     canvas = 0
     if traits.context == "full":
         canvas = len(request.prompt) + request.sampling.max_tokens + len(request.suffix)
@@ -240,6 +246,7 @@ def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
         seeds=traits.commit_seeds,
         opens=traits.commit_opens,
         segment=strategy.segment(values, traits),
+        shortest=strategy.shortest(values, traits),
         segments=strategy.segments(values),
         canvas=canvas,
         asks_all=strategy.asks_all,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from .plan import RowPlan
-from .prices import marginal_cost
+from .prices import marginal_cost, worthwhile_masks
 from .sequence import Sequence
 
 # Rows of a frontier that may be fed where they cost next to nothing, whatever the last step fed: drafts come and go.
@@ -72,6 +72,14 @@ def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Comin
     if geometry.window > geometry.block:
         return _behind_blocks(sequence)
     return _behind_block(sequence, cost)
+
+
+def shorten(coming: Coming, sequence: Sequence, rows: int, share: float) -> None:
+    """Leave out what of a draft segment costs more than it promises; rows, share: as of `forecast`."""
+    geometry = sequence.geometry
+    asked = sequence.request.decoding.values.get("row_cost")
+    cost = marginal_cost(rows, share) if asked is None else float(asked)
+    coming.segment = geometry.shortest - 1 + worthwhile_masks(geometry.segment - geometry.shortest + 1, cost)
 
 
 def is_cut(sequence: Sequence, row: RowPlan) -> bool:

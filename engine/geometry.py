@@ -16,8 +16,8 @@ class Geometry:
         most.
     feed: rows that a frontier's first step runs from the first undecided position on, or with `refeeds` from the last
         token on; 0 on a grid.
-    segment: rows of a draft segment; 0 where there are none. segments: how many a step may want, though the one before
-        wanted none.
+    segment: rows of a draft segment; 0 where there are none. shortest: of one that is cut short because rows are dear.
+        segments: how many a step may want, though the one before wanted none.
     canvas: positions of a full-attention sequence, all of them there from the start; 0 elsewhere.
     asks_all: a step may ask about decided positions of the block, too.
     """
@@ -29,6 +29,7 @@ class Geometry:
     feed: int = 0
     refeeds: bool = False
     segment: int = 0
+    shortest: int = 0
     segments: int = 0
     canvas: int = 0
     asks_all: bool = False

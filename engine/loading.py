@@ -171,6 +171,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         max_running=max_running,
         token_budget=token_budget,
         row_share=runner.row_share,
+        shortens=not runner.rounding,
     )
     info = ModelInfo(
         family=traits.name,

@@ -11,3 +11,18 @@ def marginal_cost(rows: int, share: float) -> float:
     2 * rows tokens.
     """
     return 2 * rows * share / (1 + 8 * share * rows)
+
+
+# How often a draft is right whose predecessors are: of the embedded model's, six of ten.
+_RIGHT = 0.6
+
+
+def worthwhile_masks(most: int, cost: float) -> int:
+    """How many masks of a draft, of `most`, pay for themselves; at least one.
+
+    cost: of a position (see `marginal_cost`). A mask takes one now, and its draft one more when it is verified.
+    """
+    masks = 1
+    while masks < most and _RIGHT ** (masks + 1) >= 2 * cost:
+        masks += 1
+    return masks

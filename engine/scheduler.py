@@ -18,7 +18,7 @@ from .cache.holdings import Holdings, slot_of
 from .cache.pages import OutOfPages, PagePool
 from .cache.prefix import PrefixCache
 from .counters import SchedulerCounters
-from .forecast import Coming, forecast, known, what_ran
+from .forecast import Coming, forecast, known, shorten, what_ran
 from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
 from .sequence import Sequence, Status
 
@@ -30,7 +30,8 @@ class Scheduler:
     """Owns the sequences, and says what of `Holdings` they get.
 
     Invariants after every call: a running sequence has a slot, a waiting one owns nothing; each ends exactly once.
-    row_share: how much longer a forward takes for one more position (see `prices.py`).
+    row_share: how much longer a forward takes for one more position (see `prices.py`). shortens: draft segments are as
+    long as pays; else of one length, as suits steps that are captured.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Scheduler:
         max_running: int,
         token_budget: int,
         row_share: float = 0.003,
+        shortens: bool = True,
     ) -> None:
         self.token_budget = token_budget
-        self.row_share = row_share
+        self.row_share, self.shortens = row_share, shortens
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []  # by order of arrival
         self.running: list[Sequence] = []  # by order of arrival
@@ -123,7 +125,7 @@ class Scheduler:
         for sequence in sorted(comings, key=lambda s: (s.last_step, s.prefilling)):
             if (budget <= 0 and rows) or sequence.status is not Status.RUNNING:
                 continue
-            coming = comings[sequence]
+            coming = self._as_pays(sequence, comings[sequence])
             width = self._width_within(sequence, coming, budget) or self._least_width(sequence, coming, alone=not rows)
             if not width:
                 continue
@@ -151,7 +153,7 @@ class Scheduler:
             admissions.append(self._admission(sequence))
             grants[sequence] = PageGrant(slot_of(sequence), 0, list(sequence.pages))
             # Without budget left it comes first in the next step.
-            coming = known(sequence)
+            coming = self._as_pays(sequence, known(sequence))
             width = self._width_within(sequence, coming, budget) or self._least_width(sequence, coming, alone=not rows)
             if width:
                 rows[sequence] = self._row(sequence, coming, width)
@@ -233,11 +235,15 @@ class Scheduler:
         """What clean tokens come in: a frontier needs no grid."""
         return 1 if sequence.geometry.feed else sequence.geometry.block
 
+    def _as_pays(self, sequence: Sequence, coming: Coming) -> Coming:
+        if self.shortens and sequence.geometry.shortest < sequence.geometry.segment:
+            shorten(coming, sequence, len(self.running), self.row_share)
+        return coming
+
     def _row(self, sequence: Sequence, coming: Coming, width: int) -> RowPlan:
         whole = width == coming.width
         segments = coming.segments if whole else 0
-        geometry = sequence.geometry
-        scratch = segments * geometry.segment
+        scratch = segments * coming.segment
         end = coming.reach + scratch if whole else coming.run_start + width
         return RowPlan(
             slot=slot_of(sequence),
@@ -246,7 +252,7 @@ class Scheduler:
             targets=coming.targets if whole else 0,
             end=end,
             segments=segments,
-            segment=geometry.segment,
+            segment=coming.segment,
         )
 
     def _extend(

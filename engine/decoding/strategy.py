@@ -119,6 +119,10 @@ class Strategy:
         """Rows of a draft segment; 0 where the strategy has none."""
         return 0
 
+    def shortest(self, values: Values, traits: FamilyTraits) -> int:
+        """Rows that are left of one when it is cut short: what it holds stays a draft segment."""
+        return self.segment(values, traits)
+
     def segments(self, values: Values) -> int:
         """How many of them a step may want, though the one before wanted none."""
         return 0

@@ -158,7 +158,7 @@ int native_attention(const float *q, const float *k_cache, const float *v_cache,
     for (long row = 0, token = 0; row < rows; row++)
         for (; token < query_start[row + 1]; token = least(token + QUERIES, query_start[row + 1])) firsts[count++] = token;
     firsts[count] = covered;
-#pragma omp parallel if (covered * stride * most >= PARALLEL)
+#pragma omp parallel if (2 * covered * stride * most >= PARALLEL)
     {
         float *scores = aligned_alloc(64, (size_t)(room * HEADS * QUERIES) * sizeof *scores + 64);
 #pragma omp for schedule(dynamic) collapse(2) reduction(|| : failed)

@@ -15,7 +15,7 @@ enum { TILE = 4, MOST_ROWS = LANES == 16 ? 6 : 3, GROUP = 32, PARTS = GROUP / LA
    GRID4: groups of 32 inputs: 16 bytes (low halves: the first 16 values), then scale and offset in float32.
    GRID8: groups of 32 inputs: 32 int8, then the scale in float32. */
 enum { HALF, GRID4, GRID8 };
-enum { GRID4_BYTES = 24, GRID8_BYTES = 36 };
+enum { HALF_BYTES = 64, GRID4_BYTES = 24, GRID8_BYTES = 36 }; /* of a group */
 /* Bytes that are fetched before they are needed. */
 enum { AHEAD = 1536 };
 
@@ -23,12 +23,12 @@ static long row_bytes(int format, long in) {
     return format == HALF ? 2 * in : in / GROUP * (format == GRID4 ? GRID4_BYTES : GRID8_BYTES);
 }
 
-/* A group's 32 values. */
+/* A group's 32 values. The product of a code and a scale, which is a float16, is exact. */
 static inline void decode_GRID4(const uint8_t *from, Floats values[PARTS]) {
     Floats scale = v_all(read_float(from + 16)), offset = v_all(read_float(from + 20));
 #ifdef __AVX512F__
     const Floats steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    Floats levels = v_rounded(v_add(v_mul(steps, scale), offset));
+    Floats levels = v_rounded(v_fma(steps, scale, offset));
     __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
     /* A permutation reads the low four bits of an index. */
     values[0] = _mm512_permutexvar_ps(codes, levels);
@@ -38,15 +38,19 @@ static inline void decode_GRID4(const uint8_t *from, Floats values[PARTS]) {
     UNROLL for (int i = 0; i < 2; i++) {
         __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + 8 * i)));
         __m256i low = _mm256_and_si256(codes, nibble), high = _mm256_srli_epi32(codes, 4);
-        values[i] = v_rounded(v_add(v_mul(_mm256_cvtepi32_ps(low), scale), offset));
-        values[2 + i] = v_rounded(v_add(v_mul(_mm256_cvtepi32_ps(high), scale), offset));
+        values[i] = v_rounded(v_fma(_mm256_cvtepi32_ps(low), scale, offset));
+        values[2 + i] = v_rounded(v_fma(_mm256_cvtepi32_ps(high), scale, offset));
     }
 #endif
 }
 
+static inline void decode_HALF(const uint8_t *from, Floats values[PARTS]) {
+    UNROLL for (int p = 0; p < PARTS; p++) values[p] = v_from_half(from + 2 * LANES * p);
+}
+
 static inline void decode_GRID8(const uint8_t *from, Floats values[PARTS]) {
     Floats scale = v_all(read_float(from + GROUP));
-    UNROLL for (int i = 0; i < PARTS; i++) values[i] = v_rounded(v_mul(v_from_bytes(from + LANES * i), scale));
+    UNROLL for (int p = 0; p < PARTS; p++) values[p] = v_rounded(v_mul(v_from_bytes(from + LANES * p), scale));
 }
 
 /* One output's weights as float32, zeros up to a multiple of LANES. ahead: bytes to the tile that is fetched meanwhile. */
@@ -112,64 +116,73 @@ MULTIPLY(1) MULTIPLY(2) MULTIPLY(3)
 typedef void Multiply(const float *, long, long, const float *, long, const float *, float *, long, int, int);
 static Multiply *const multiply[MOST_ROWS + 1] = MULTIPLIES;
 
-/* A few rows, which are what decoding has: a pair of a grid's outputs goes from its codes to the sums without a stop in
-   the cache, in the same order as a tile. */
-enum { PAIR = 2, FEW_ROWS = LANES == 16 ? 12 : 6 };
+/* A few rows, which are what decoding has: a few outputs' weights go from their bytes to the sums without a stop in the
+   cache, in the same order as a tile. */
+enum { FEW_ROWS = 12 };
+
+/* Outputs that run together: as many as there are registers for with so many rows. */
+#define OUTPUTS_OF(ROWS) (LANES == 16 || (ROWS) <= 6 ? 2 : 1)
 
 #define FEW(FORMAT, ROWS)                                                                                              \
-    static void few_##FORMAT##_##ROWS(const float *x, long x_stride, long in, const uint8_t *one, const uint8_t *two,  \
-                                      float *y, long y_stride, __m128 shift, int kept, int add) {                      \
-        Floats sum[ROWS][PAIR], values[PARTS];                                                                         \
-        UNROLL for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = v_zero();                                        \
-        for (long i = 0; i < in; i += GROUP, one += FORMAT##_BYTES, two += FORMAT##_BYTES) {                           \
-            _mm_prefetch((const char *)one + AHEAD, _MM_HINT_T0);                                                      \
-            _mm_prefetch((const char *)two + AHEAD, _MM_HINT_T0);                                                      \
-            UNROLL for (int o = 0; o < PAIR; o++) {                                                                    \
-                decode_##FORMAT(o ? two : one, values);                                                                \
+    static void few_##FORMAT##_##ROWS(const float *x, long x_stride, long in, const uint8_t *const *weights, float *y, \
+                                      long y_stride, __m128 shift, int kept, int add) {                                \
+        enum { OUTPUTS = OUTPUTS_OF(ROWS), TOGETHER = 4 / OUTPUTS };                                                   \
+        Floats sum[ROWS][OUTPUTS], values[PARTS];                                                                      \
+        const uint8_t *from[OUTPUTS];                                                                                  \
+        UNROLL for (int o = 0; o < OUTPUTS; o++) {                                                                     \
+            from[o] = weights[o];                                                                                      \
+            UNROLL for (int r = 0; r < ROWS; r++) sum[r][o] = v_zero();                                                \
+        }                                                                                                              \
+        for (long i = 0; i < in; i += GROUP) {                                                                         \
+            UNROLL for (int o = 0; o < OUTPUTS; o++) _mm_prefetch((const char *)from[o] + AHEAD, _MM_HINT_T0);         \
+            UNROLL for (int o = 0; o < OUTPUTS; o++) {                                                                 \
+                decode_##FORMAT(from[o], values);                                                                      \
+                from[o] += FORMAT##_BYTES;                                                                             \
                 UNROLL for (int p = 0; p < PARTS; p++) {                                                               \
                     UNROLL for (int r = 0; r < ROWS; r++)                                                              \
                         sum[r][o] = v_fma(v_load(x + r * x_stride + i + LANES * p), values[p], sum[r][o]);             \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
-        UNROLL for (int r = 0; r < ROWS; r += 2) {                                                                     \
-            int next = r + 1 < ROWS ? r + 1 : r;                                                                       \
-            __m128 both = sums_of(sum[r][0], sum[r][1], sum[next][0], sum[next][1]);                                   \
-            for (int n = 0; n < 2 && r + n < ROWS; n++, both = _mm_movehl_ps(both, both)) {                            \
+        UNROLL for (int r = 0; r < ROWS; r += TOGETHER) {                                                              \
+            Floats four[4];                                                                                            \
+            UNROLL for (int n = 0; n < 4; n++)                                                                         \
+                four[n] = sum[r + n / OUTPUTS < ROWS ? r + n / OUTPUTS : r][n % OUTPUTS];                              \
+            __m128 all = sums_of(four[0], four[1], four[2], four[3]);                                                  \
+            UNROLL for (int n = 0; n < TOGETHER; n++) {                                                                \
+                if (r + n == ROWS) break;                                                                              \
                 float *at = y + (r + n) * y_stride;                                                                    \
-                __m128 found = _mm_add_ps(both, shift);                                                                \
+                __m128 found = _mm_add_ps(all, shift);                                                                 \
                 if (add) found = _mm_add_ps(found, load_first(kept, at));                                              \
                 store_first(at, kept, found);                                                                          \
+                all = OUTPUTS == 2 ? _mm_movehl_ps(all, all) : _mm_shuffle_ps(all, all, 0x39);                         \
             }                                                                                                          \
         }                                                                                                              \
     }
-#define SIX_OF(FORMAT)                                                                                                 \
-    FEW(FORMAT, 1) FEW(FORMAT, 2) FEW(FORMAT, 3) FEW(FORMAT, 4) FEW(FORMAT, 5) FEW(FORMAT, 6)
-#define SIX_NAMES(F) 0, few_##F##_1, few_##F##_2, few_##F##_3, few_##F##_4, few_##F##_5, few_##F##_6
-#ifdef __AVX512F__
 #define FEW_OF(F)                                                                                                      \
-    SIX_OF(F) FEW(F, 7) FEW(F, 8) FEW(F, 9) FEW(F, 10) FEW(F, 11) FEW(F, 12)
-#define FEW_NAMES(F) {SIX_NAMES(F), few_##F##_7, few_##F##_8, few_##F##_9, few_##F##_10, few_##F##_11, few_##F##_12}
-#else
-#define FEW_OF SIX_OF
-#define FEW_NAMES(F) {SIX_NAMES(F)}
-#endif
+    FEW(F, 1) FEW(F, 2) FEW(F, 3) FEW(F, 4) FEW(F, 5) FEW(F, 6)                                                        \
+    FEW(F, 7) FEW(F, 8) FEW(F, 9) FEW(F, 10) FEW(F, 11) FEW(F, 12)
+#define FEW_NAMES(F)                                                                                                   \
+    {0, few_##F##_1, few_##F##_2, few_##F##_3, few_##F##_4, few_##F##_5, few_##F##_6,                                  \
+     few_##F##_7, few_##F##_8, few_##F##_9, few_##F##_10, few_##F##_11, few_##F##_12}
+FEW_OF(HALF)
 FEW_OF(GRID4)
 FEW_OF(GRID8)
 
-typedef void Few(const float *, long, long, const uint8_t *, const uint8_t *, float *, long, __m128, int, int);
-static Few *const few[][FEW_ROWS + 1] = {[GRID4] = FEW_NAMES(GRID4), [GRID8] = FEW_NAMES(GRID8)};
+typedef void Few(const float *, long, long, const uint8_t *const *, float *, long, __m128, int, int);
+static Few *const few[][FEW_ROWS + 1] = {[HALF] = FEW_NAMES(HALF), [GRID4] = FEW_NAMES(GRID4), [GRID8] = FEW_NAMES(GRID8)};
 
 static void few_rows(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
                      const float *bias, float *y, long y_stride, int add) {
-    long bytes = row_bytes(format, in), pairs = (out + PAIR - 1) / PAIR;
+    long bytes = row_bytes(format, in), outputs = OUTPUTS_OF(rows);
 #pragma omp parallel for schedule(dynamic, 16) if (out * in * (rows + 3) >= PARALLEL)
-    for (long p = 0; p < pairs; p++) {
-        long first = p * PAIR;
-        int kept = out - first < PAIR ? 1 : PAIR;
-        const uint8_t *one = weight + first * bytes, *two = kept == PAIR ? one + bytes : one;
+    for (long first = 0; first < out; first += outputs) {
+        int kept = (int)(out - first < outputs ? out - first : outputs);
+        const uint8_t *weights[2];
+        /* Behind the last output stands a copy of it, which is not stored. */
+        for (int o = 0; o < outputs; o++) weights[o] = weight + (first + (o < kept ? o : kept - 1)) * bytes;
         __m128 shift = bias ? load_first(kept, bias + first) : _mm_setzero_ps();
-        few[format][rows](x, x_stride, in, one, two, y + first, y_stride, shift, kept, add);
+        few[format][rows](x, x_stride, in, weights, y + first, y_stride, shift, kept, add);
     }
 }
 
@@ -177,7 +190,7 @@ static void few_rows(const float *x, long x_stride, long rows, const uint8_t *we
    apart, which is added to if `add`. */
 void native_linear(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
                    const float *bias, float *y, long y_stride, int add) {
-    if (format != HALF && rows && rows <= FEW_ROWS) {
+    if (rows && rows <= FEW_ROWS && in % GROUP == 0) {
         few_rows(x, x_stride, rows, weight, format, in, out, bias, y, y_stride, add);
         return;
     }

@@ -102,13 +102,15 @@ INLINE void v_store_some(float *to, Mask mask, Floats x) {
 
 INLINE __m128i four_before(int count) { return _mm_cmpgt_epi32(_mm_set1_epi32(count), _mm_setr_epi32(0, 1, 2, 3)); }
 INLINE __m128 load_first(int count, const float *from) {
-    return count == 4 ? _mm_loadu_ps(from) : _mm_maskload_ps(from, four_before(count));
+    return count == 4 ? _mm_loadu_ps(from) : count == 1 ? _mm_load_ss(from) : _mm_maskload_ps(from, four_before(count));
 }
 INLINE void store_first(float *to, int count, __m128 x) {
     if (count == 4)
         _mm_storeu_ps(to, x);
     else if (count == 2)
         _mm_storel_pi((__m64 *)to, x);
+    else if (count == 1)
+        _mm_store_ss(to, x);
     else
         _mm_maskstore_ps(to, four_before(count), x);
 }

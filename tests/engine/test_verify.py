@@ -75,7 +75,9 @@ def test_the_text_is_the_autoregressive_one(folder: Path, expected: dict[tuple[s
 
 
 @pytest.mark.parametrize(
-    "tight", [{"budget": 256 + 8}, {"pages": 17}, {"pages": 12, "max_running": 5, "max_model_len": 128}], ids=str
+    "tight",
+    [{"budget": 256 + 8}, {"pages": 14, "max_model_len": 192}, {"pages": 12, "max_running": 5, "max_model_len": 128}],
+    ids=str,
 )
 def test_neither_a_small_budget_nor_few_pages_change_it(
     folder: Path, expected: dict[tuple[str, int], Any], tight: dict[str, Any]

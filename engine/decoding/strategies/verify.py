@@ -64,8 +64,10 @@ class Verify(FrontierStrategy):
         return 1
 
     def segment(self, values: Values, traits: FamilyTraits) -> int:
-        # Unshifted, the first mask would propose the token that a clean row says anyway.
-        return int(values["draft_length"]) + (1 if traits.logit_source == "own" else 0)
+        return int(values["draft_length"]) + _lead(traits)
+
+    def shortest(self, values: Values, traits: FamilyTraits) -> int:
+        return 1 + _lead(traits)
 
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
         window = view.tokens.shape[1]
@@ -106,6 +108,11 @@ class Verify(FrontierStrategy):
         agrees = (view.tokens == choice) & asked & drafted
         accepted = agrees.int().cumprod(dim=1).sum(dim=1, keepdim=True)
         return Decision((offsets <= accepted) & asked, choice, accepted=accepted[:, 0])
+
+
+def _lead(traits: FamilyTraits) -> int:
+    """Unshifted, the first mask would propose the token that a clean row says anyway."""
+    return 1 if traits.logit_source == "own" else 0
 
 
 def _prospects(view: RowView, window: int) -> tuple[Tensor, Tensor]:

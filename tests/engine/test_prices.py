@@ -1,0 +1,46 @@
+"""What is run because it promises more than it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from converted import converted_folder
+from test_verify import core_of, prompt_of, request, run
+
+from linocut.engine.prices import marginal_cost, worthwhile_masks
+
+
+def test_a_row_costs_more_the_more_sequences_pay_for_it() -> None:
+    costs = [marginal_cost(rows, share) for share in (0.003, 0.08) for rows in (1, 4, 16, 64)]
+    assert costs[:4] == sorted(costs[:4])
+    assert costs[4:] == sorted(costs[4:])
+    assert all(0 < cost < 0.25 for cost in costs), "two tokens in eight positions"
+
+
+def test_masks_are_as_many_as_pay() -> None:
+    assert [worthwhile_masks(12, cost) for cost in (0.5, 0.25, 0.15, 0.1, 0.01)] == [1, 1, 2, 3, 7]
+    assert worthwhile_masks(4, 0.0) == 4
+    assert worthwhile_masks(1, 0.0) == 1
+
+
+@pytest.mark.parametrize("source", ["previous", "own"])
+def test_draft_segments_shrink_where_rows_are_dear(source: str, tmp_path: Path) -> None:
+    """By the engine's price, and by a request's own; on what steps as graphs run, their length is one."""
+    folder, lead = converted_folder(tmp_path, logit_source=source), int(source == "own")
+    found = {}
+    for share, asked, shortens in [(0.0, None, True), (0.2, None, True), (0.2, 0.0, True), (0.2, None, False)]:
+        core, lengths = core_of(folder), set()
+        core.runner.row_share = core.scheduler.row_share = share
+        core.scheduler.shortens = shortens
+        launch = core.launch
+
+        def noting(plan, launch=launch, lengths=lengths):  # type: ignore[no-untyped-def]
+            lengths |= {row.segment for row in plan.rows if row.segments}
+            return launch(plan)
+
+        core.launch = noting  # type: ignore[method-assign]
+        values = {"draft_length": 4} if asked is None else {"draft_length": 4, "row_cost": asked}
+        run(core, [request(core, "a/0", prompt_of(9, seed=1), 24, values)])
+        found[share, asked, shortens] = {length - lead for length in lengths}
+    assert list(found.values()) == [{4}, {2}, {4}, {4}]
