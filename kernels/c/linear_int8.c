@@ -104,9 +104,33 @@ ALL_OF(CODES4)
 ALL_OF(CODES8)
 static Multiply *const some_rows[][MOST_ROWS + 1] = {[CODES4] = NAMES(CODES4), [CODES8] = NAMES(CODES8)};
 
-/* y (+)= x * weight^T + bias. x: `rows` of x_rows quantised rows. */
-static void int8_product(const Part *x, long x_rows, long rows, const Int8Weight *weight, float *y, long y_stride,
-                         int add) {
+/* What an adapter adds to some rows: rows quantised between its halves, and its second half. */
+typedef struct {
+    const Part *parts; /* [groups, count] */
+    const int64_t *rows;
+    long count;
+    const Int8Weight *up;
+} Addition;
+
+/* Of a panel of outputs, to what stands there. */
+static void add_panel(const Addition *of, long panel, Mask kept, float *y, long y_stride) {
+    long groups = groups_of(of->up->in);
+    const uint8_t *blocks = of->up->blocks + panel * groups * block_bytes(of->up->format);
+    for (long row = 0, some; row < of->count; row += some) {
+        float found[MOST_ROWS * PANEL];
+        some = of->count - row < MOST_ROWS ? of->count - row : MOST_ROWS;
+        some_rows[of->up->format][some](of->parts + row, of->count, groups, blocks, v_zero(), found, PANEL,
+                                        lanes_before(PANEL), 0);
+        for (long r = 0; r < some; r++) {
+            float *at = y + of->rows[row + r] * y_stride + panel * PANEL;
+            v_store_some(at, kept, v_add(v_load_some(kept, at), v_load(found + r * PANEL)));
+        }
+    }
+}
+
+/* y (+)= x * weight^T + bias, and then the addition, if there is one. x: `rows` of x_rows quantised rows. */
+static void int8_product(const Part *x, long x_rows, long rows, const Int8Weight *weight, const Addition *addition,
+                         float *y, long y_stride, int add) {
     long groups = groups_of(weight->in), panels = (weight->out + PANEL - 1) / PANEL;
     long bytes = groups * block_bytes(weight->format), blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
     long chunk = blocks > 1 ? CHUNK : 1;
@@ -125,6 +149,8 @@ static void int8_product(const Part *x, long x_rows, long rows, const Int8Weight
             }
             row += some;
         }
+        if (addition)
+            for (long p = from; p < to; p++) add_panel(addition, p, lanes_before(weight->out - p * PANEL), y, y_stride);
     }
 }
 
@@ -139,33 +165,32 @@ static Part *quantize(const float *x, long x_stride, long rows, long in) {
     return parts;
 }
 
-/* y += (x * down^T) * up^T on the rows that `noisy` lists. Returns 1 without memory. */
-static int add_low_rank(const Part *x, long x_rows, const int64_t *noisy, long count, const Projection *of, float *y,
-                        long y_stride) {
-    long groups = groups_of(of->down->in), rank = of->down->out, out = of->up->out;
+/* x * down^T of the rows that `noisy` lists, quantised; null without memory. */
+static Part *low_rank(const Part *x, long x_rows, const int64_t *noisy, long count, const Int8Weight *down) {
+    long groups = groups_of(down->in);
     Part *some = malloc((size_t)(count * groups) * sizeof *some), *parts = 0;
-    float *between = malloc((size_t)(count * (rank + out)) * sizeof *between), *found = between + count * rank;
+    float *between = malloc((size_t)(count * down->out) * sizeof *between);
     if (some && between) {
         for (long g = 0; g < groups; g++)
             for (long r = 0; r < count; r++) some[g * count + r] = x[g * x_rows + noisy[r]];
-        int8_product(some, count, count, of->down, between, rank, 0);
-        parts = quantize(between, rank, count, rank);
-    }
-    if (parts) {
-        int8_product(parts, count, count, of->up, found, out, 0);
-        for (long r = 0; r < count; r++, found += out)
-            for (long o = 0; o < out; o++) y[noisy[r] * y_stride + o] += found[o];
+        int8_product(some, count, count, down, 0, between, down->out, 0);
+        parts = quantize(between, down->out, count, down->out);
     }
     free(some);
     free(between);
-    free(parts);
-    return !parts;
+    return parts;
 }
 
 int int8_project(const Part *x, long rows, const Projection *by, const int64_t *noisy, long count, float *y,
                  long y_stride, int add) {
-    int8_product(x, rows, rows, by->base, y, y_stride, add);
-    return count && by->down && add_low_rank(x, rows, noisy, count, by, y, y_stride);
+    if (!count || !by->down) {
+        int8_product(x, rows, rows, by->base, 0, y, y_stride, add);
+        return 0;
+    }
+    Part *parts = low_rank(x, rows, noisy, count, by->down);
+    if (parts) int8_product(x, rows, rows, by->base, &(Addition){parts, noisy, count, by->up}, y, y_stride, add);
+    free(parts);
+    return !parts;
 }
 
 /* y = x * base^T + bias, and an adapter's part on the `count` rows that `noisy` lists. x: [rows, in], y: [rows, out], rows
