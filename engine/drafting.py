@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linocut.kernels.statistics import merge_partials, partial_statistics
+from linocut.kernels.statistics_native import native_top
 
 from .decoding.advance import place_drafts
 from .decoding.strategies.verify import MAX_DRAFT
@@ -62,14 +63,18 @@ class Drafter:
         draw, with the noise of (seed, position).
         """
         valid = rows.valid.view(slots.shape[0], -1)
-        if self._decoder.draft_head is None:
+        head = self._decoder.draft_head
+        if head is None:
             found = self._sampler.propose(state, hidden, rows, None, self._decoder.logits, flags)
             token, confidence = found.token.view_as(valid), found.confidence.view_as(valid)
+        elif head.native is not None and not flags.sampled:
+            proposals = self._proposals(state, hidden, rows, flags, known=logits, native=True)
+            token, confidence = head.native.run(proposals.normed, proposals.top, proposals.covered, last)
         else:
-            proposals = self._proposals(state, hidden, rows, flags, self._decoder.draft_head.quick_logits, logits)
+            proposals = self._proposals(state, hidden, rows, flags, head.quick_logits, logits)
             tokens, confidences = [], []
             for index in torch.arange(rows.source.shape[0], device=slots.device).view_as(valid).unbind(1):
-                last, sure = self._draw(self._decoder.draft_head, state, proposals, rows, index, last, flags)
+                last, sure = self._draw(head, state, proposals, rows, index, last, flags)
                 tokens.append(last)
                 confidences.append(sure)
             token, confidence = torch.stack(tokens, dim=1), torch.stack(confidences, dim=1)
@@ -126,6 +131,7 @@ class Drafter:
         flags: SamplingFlags,
         quick: Callable[[Tensor], Tensor | None] | None = None,
         known: Tensor | None = None,
+        native: bool = False,
     ) -> _Proposals:
         share, parts = self._decoder.share, []
         for at in range(0, rows.source.shape[0], CHUNK):
@@ -135,14 +141,18 @@ class Drafter:
             if logits is None:
                 logits = share.fill(self._decoder.head(normed))
             self._sampler.ban(state, logits, part.slot, part.position, flags)
-            values, top = share.top(logits, CANDIDATES)
-            partials = share.join(partial_statistics(logits, share.start, None, backend=self._decoder.backend))
-            likeliest = merge_partials(partials, None, backend=self._decoder.backend).confidence
-            covered = likeliest * (values - values[:, :1]).float().exp().sum(1)
-            parts.append((normed, top, covered))
+            parts.append((normed, *(native_top(logits, CANDIDATES) if native else self._top(logits))))
         if len(parts) == 1:
             return _Proposals(*parts[0])
         return _Proposals(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _top(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The candidates of each row, and the probability that they cover."""
+        share, backend = self._decoder.share, self._decoder.backend
+        values, top = share.top(logits, CANDIDATES)
+        partials = share.join(partial_statistics(logits, share.start, None, backend=backend))
+        likeliest = merge_partials(partials, None, backend=backend).confidence
+        return top, likeliest * (values - values[:, :1]).float().exp().sum(1)
 
     def _choose(self, head: DraftHead, proposals: _Proposals, index: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """The best candidate of the entries `index` ([n]) behind the ids `last` ([n]), and its probability."""

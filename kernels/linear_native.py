@@ -27,8 +27,8 @@ class NativeWeight:
         packed = pack_grid(weight) or ("half", _pack("half", weight.contiguous()))
         assert packed[1] is not None  # "half" takes any
         self.format, self._packed = packed
-        self._code = _FORMATS[self.format]
-        self._at, self._multiply = packed[1].data_ptr(), library().native_linear
+        self.code = _FORMATS[self.format]
+        self.at, self._multiply = packed[1].data_ptr(), library().native_linear
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias: [rows, in] -> [rows, out]."""
@@ -36,7 +36,7 @@ class NativeWeight:
             x = x.float().contiguous()
         y = x.new_empty((x.shape[0], self.outputs))
         self._multiply(
-            *(x.data_ptr(), x.stride(0), x.shape[0], self._at, self._code, self.inputs, self.outputs),
+            *(x.data_ptr(), x.stride(0), x.shape[0], self.at, self.code, self.inputs, self.outputs),
             *(None if bias is None else bias.data_ptr(), y.data_ptr(), self.outputs, 0),
         )
         return y
@@ -47,7 +47,7 @@ class NativeWeight:
             x = x.float().contiguous()
         first, count = rows.start, rows.stop - rows.start
         if library().native_low_rank(
-            *(x.data_ptr() + 4 * first * x.stride(0), x.stride(0), count, down._at, down._code, self._at, self._code),
+            *(x.data_ptr() + 4 * first * x.stride(0), x.stride(0), count, down.at, down.code, self.at, self.code),
             *(down.inputs, self.inputs, self.outputs, y.data_ptr() + 4 * first * y.stride(0), y.stride(0)),
         ):
             raise MemoryError("a low-rank product found no memory")

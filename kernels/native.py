@@ -36,6 +36,8 @@ _SIGNATURES = {
     "native_int8_linear": (_I, (_P, _L, _L, _P, _P, _P, _P, _L, _P, _L)),
     "native_int8_layers": (_I, (_P,) * 5),
     "native_vocabulary": (None, (_P, _P, _L, _L, _F, _P, _P, _P)),
+    "native_top": (None, (_P, _L, _L, _L, _P, _P)),
+    "native_draft": (_I, (*(_P,) * 4, *(_L,) * 3, *(_P,) * 3)),
     "native_rms_norm": (None, (_P, _P, _L, _L, _P, _F, _P, _P)),
     "native_silu_and_mul": (None, (_P, _L, _L, _P)),
     "native_rope": (None, (*(_P, _L) * 3, _P, _L, _P, _P, *(_L,) * 4, _P, _P, _P)),

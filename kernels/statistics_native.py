@@ -1,4 +1,4 @@
-"""`statistics.py` in C: of float32 logits on the CPU, the likeliest id and the sum of all weights."""
+"""`statistics.py` in C: of float32 logits on the CPU, the likeliest ids and the sum of all weights."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def native_partials(logits: Tensor, vocab_start: int, scale: Tensor | None) -> V
     )
     best_logit = logits.gather(1, best[:, None])[None, :, 0]
     return VocabPartials(maximum=maximum, total=total, best_id=(best + vocab_start)[None], best_logit=best_logit)
+
+
+def native_top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest ids of each row, all of them where there are fewer, and the probability that they cover.
+
+    logits: [M, width]. Returns [M, count] int64, best first and the lowest id first on ties, NaN as if it were banned;
+    and [M] float32, 0 where it is no number.
+    """
+    if not statistics_are_native(logits):
+        logits = logits.float().contiguous()
+    rows, width = logits.shape
+    ids = torch.empty(rows, min(count, width), dtype=torch.int64)
+    covered = torch.empty(rows)
+    library().native_top(logits.data_ptr(), rows, width, ids.shape[1], ids.data_ptr(), covered.data_ptr())
+    return ids, covered

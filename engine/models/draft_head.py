@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from linocut.kernels.backend import Backend
+from linocut.kernels.draft_native import NativeDrafts, tables_are_native
 
 from ..errors import ConfigError
 from ..parallel.vocabulary import VocabShare
 from .adapter import Weights
-from .linear import Linear, pack_linear
+from .linear import Linear, NativeInt8Linear, NativeLinear, pack_linear
 
 
 class DraftHead:
@@ -45,6 +46,13 @@ class DraftHead:
         if head.device.type == "cpu" and backend != "native":
             with contextlib.suppress(ConfigError):
                 self._quick = pack_linear(head, None, "int8")
+        # Whole greedy drafts in one call, where all that the head consists of is made for the kernels in C.
+        self.native: NativeDrafts | None = None
+        layers = self._inputs, self._outputs
+        if share.ranks.size == 1 and backend == "native" and tables_are_native(words, head):
+            one, two = (f.weight if isinstance(f, NativeLinear | NativeInt8Linear) else None for f in layers)
+            if one is not None and two is not None:
+                self.native = NativeDrafts(one, two, words, head)
 
     def quick_logits(self, normed: Tensor) -> Tensor | None:
         """[rows, hidden] -> about what the head says of the share's ids, [rows, width]; None: it is no quicker."""

@@ -44,3 +44,5 @@ void quantize_rows(const float *x, long x_stride, long rows, long in, Part *to);
    Returns 1 without memory. */
 int int8_project(const Part *x, long rows, const Projection *by, const int64_t *noisy, long count, float *y,
                  long y_stride, int add);
+int native_int8_linear(const float *x, long x_stride, long rows, const Int8Weight *base, const Int8Weight *down,
+                       const Int8Weight *up, const int64_t *noisy, long count, float *y, long y_stride);

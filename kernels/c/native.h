@@ -20,6 +20,8 @@ static inline float read_float(const void *at) {
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* The kernels that are used by another file, each defined in its own. */
+void native_linear(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
+                   const float *bias, float *y, long y_stride, int add);
 void native_rms_norm(const float *x, const float *residual, long rows, long size, const float *weight, float eps,
                      float *total, float *out);
 void native_silu_and_mul(const float *gate_up, long rows, long size, float *out);

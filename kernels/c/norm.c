@@ -34,8 +34,7 @@ void native_silu_and_mul(const float *gate_up, long rows, long size, float *out)
             Mask lanes = lanes_before(size - i);
             Floats gate = v_load_some(lanes, gate_up + i);
             Floats up = v_load_some(lanes, gate_up + size + i);
-            Floats below = v_add(v_all(1.0f), exponential(v_sub(v_zero(), gate)));
-            v_store_some(out + i, lanes, v_mul(v_div(gate, below), up));
+            v_store_some(out + i, lanes, v_mul(silu(gate), up));
         }
     }
 }

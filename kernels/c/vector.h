@@ -37,8 +37,9 @@ typedef __mmask16 Mask; /* some of a register's lanes */
 /* x, and y in the lanes that are not of the mask; x + y in those that are, x in the others. */
 #define v_load_or(mask, from, y) _mm512_mask_loadu_ps(y, mask, from)
 #define v_add_some(mask, x, y) _mm512_mask_add_ps(x, mask, x, y)
-/* The lanes where two are equal, and where one is NaN, as bits. */
+/* The lanes where two are equal, where the first is greater, and where one is NaN, as bits. */
 #define v_equal(x, y) _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ)
+#define v_greater(x, y) _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ)
 #define v_strange(x) _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q)
 
 /* The lanes of a vector that hold something, of `count` values that are left. */
@@ -85,6 +86,7 @@ typedef __m256i Mask;
 #define v_load_or(mask, from, y) _mm256_blendv_ps(y, _mm256_maskload_ps(from, mask), _mm256_castsi256_ps(mask))
 #define v_add_some(mask, x, y) _mm256_blendv_ps(x, _mm256_add_ps(x, y), _mm256_castsi256_ps(mask))
 #define v_equal(x, y) (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_EQ_OQ))
+#define v_greater(x, y) (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ))
 #define v_strange(x) (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))
 
 INLINE Mask lanes_before(long count) {
@@ -157,3 +159,5 @@ INLINE Floats exponential(Floats x) {
     p = v_fma(p, v_mul(r, r), v_add(r, v_all(1.0f)));
     return v_scale(p, n);
 }
+
+INLINE Floats silu(Floats x) { return v_div(x, v_add(v_all(1.0f), exponential(v_sub(v_zero(), x)))); }
