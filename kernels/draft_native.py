@@ -18,7 +18,7 @@ _NO_MEMORY, _NO_SUCH_ID = 1, 2
 class _Layer(ctypes.Structure):
     """`Layer` of c/draft.c."""
 
-    _fields_ = [("integers", _P), ("packed", _P), ("format", _L)]
+    _fields_ = [("integers", _P), ("floats", _P)]
 
 
 class _DraftHead(ctypes.Structure):
@@ -74,5 +74,5 @@ def tables_are_native(words: Tensor, head: Tensor) -> bool:
 
 def _layer(weight: NativeWeight | Int8Weight) -> _Layer:
     if isinstance(weight, Int8Weight):
-        return _Layer(weight.at, None, 0)
-    return _Layer(None, weight.at, weight.code)
+        return _Layer(weight.at, None)
+    return _Layer(None, weight.at)

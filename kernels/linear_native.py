@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -16,28 +18,44 @@ MOST_INPUTS = 16384
 _SAMPLE = 8
 
 
-class NativeWeight:
-    """Packed float32 weights [out, in] that are values of float16, every one of them. format: "grid4", "grid8", "half".
+class _FloatWeight(ctypes.Structure):
+    """`FloatWeight` of c/native.h."""
 
-    Products are float32; a row's result is the same beside any other rows, bit for bit, in every format.
+    _fields_ = [
+        ("packed", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_long),
+        ("outputs", ctypes.c_long),
+        ("format", ctypes.c_int),
+    ]
+
+
+class NativeWeight:
+    """Packed float32 weights [out, in] that are values of float16, every one of them, and their bias: [out] or None.
+
+    format: "grid4", "grid8", "half". at: where the kernels find all this described. Products are float32; a row's
+    result is the same beside any other rows, bit for bit, in every format.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.outputs, self.inputs = weight.shape
         packed = pack_grid(weight) or ("half", _pack("half", weight.contiguous()))
         assert packed[1] is not None  # "half" takes any
         self.format, self._packed = packed
-        self.code = _FORMATS[self.format]
-        self.at, self._multiply = packed[1].data_ptr(), library().native_linear
+        self._code = _FORMATS[self.format]
+        self._bias = None if bias is None else bias.float().contiguous()
+        self._pointers = packed[1].data_ptr(), None if self._bias is None else self._bias.data_ptr()
+        self._structure = _FloatWeight(*self._pointers, self.inputs, self.outputs, self._code)
+        self.at, self._multiply = ctypes.addressof(self._structure), library().native_linear
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """x @ weight.T + bias: [rows, in] -> [rows, out]."""
         if not takes(x):
             x = x.float().contiguous()
-        y = x.new_empty((x.shape[0], self.outputs))
+        y, (packed, bias) = x.new_empty((x.shape[0], self.outputs)), self._pointers
         self._multiply(
-            *(x.data_ptr(), x.stride(0), x.shape[0], self.at, self.code, self.inputs, self.outputs),
-            *(None if bias is None else bias.data_ptr(), y.data_ptr(), self.outputs, 0),
+            *(x.data_ptr(), x.stride(0), x.shape[0], packed, self._code, self.inputs, self.outputs),
+            *(bias, y.data_ptr(), self.outputs, 0),
         )
         return y
 
@@ -47,7 +65,8 @@ class NativeWeight:
             x = x.float().contiguous()
         first, count = rows.start, rows.stop - rows.start
         if library().native_low_rank(
-            *(x.data_ptr() + 4 * first * x.stride(0), x.stride(0), count, down.at, down.code, self.at, self.code),
+            *(x.data_ptr() + 4 * first * x.stride(0), x.stride(0), count),
+            *(down._pointers[0], down._code, self._pointers[0], self._code),
             *(down.inputs, self.inputs, self.outputs, y.data_ptr() + 4 * first * y.stride(0), y.stride(0)),
         ):
             raise MemoryError("a low-rank product found no memory")

@@ -34,7 +34,7 @@ _SIGNATURES = {
     "native_packed_bytes": (_L, (_I, _L, _L)),
     "native_pack": (_I, (_I, _P, _L, _L, _P)),
     "native_int8_linear": (_I, (_P, _L, _L, _P, _P, _P, _P, _L, _P, _L)),
-    "native_int8_layers": (_I, (_P,) * 5),
+    "native_layers": (_I, (_P,) * 5),
     "native_vocabulary": (None, (_P, _P, _L, _L, _F, _P, _P, _P)),
     "native_top": (None, (_P, _L, _L, _L, _P, _P)),
     "native_draft": (_I, (*(_P,) * 4, *(_L,) * 3, *(_P,) * 3)),

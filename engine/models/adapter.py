@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from linocut.kernels.backend import Backend
-from linocut.kernels.linear_int8 import Int8Weight
+from linocut.kernels.layers_native import Projection
 from linocut.kernels.low_rank import gated_low_rank
 
 from .linear import DenseLinear, NativeInt8Linear, NativeLinear, pack_linear
@@ -80,9 +80,9 @@ class Adapter:
             return self.base(x)
         if self._both is not None:
             return gated_low_rank(self._both(x), self._raised, gate.flags, backend="triton")
-        if (integers := self.integers()) is not None:
-            base, down, up = integers
-            return base.multiply(x, (down, up), gate.indices)
+        if isinstance(self.base, NativeInt8Linear) and isinstance(self._down, NativeInt8Linear):
+            assert isinstance(self._up, NativeInt8Linear)
+            return self.base.weight.multiply(x, (self._down.weight, self._up.weight), gate.indices)
         y = self.base(x)
         if gate.rows is None:
             return y + self._up(self._down(x) * gate.factor)
@@ -94,11 +94,14 @@ class Adapter:
             return y
         return y.index_add_(0, gate.rows, self._up(self._down(x[gate.rows])))
 
-    def integers(self) -> tuple[Int8Weight, Int8Weight, Int8Weight] | None:
-        """Base, down and up, where all of them multiply integers in C."""
-        parts = (self.base, self._down, self._up)
-        base, down, up = (part.weight if isinstance(part, NativeInt8Linear) else None for part in parts)
-        return None if base is None or down is None or up is None else (base, down, up)
+    def native(self) -> Projection | None:
+        """Base, down and up, where all of them are for the kernels in C, and of one kind."""
+        parts = self.base, self._down, self._up
+        for kind in (NativeInt8Linear, NativeLinear):
+            if all(isinstance(part, kind) for part in parts):
+                base, down, up = (part.weight for part in parts if isinstance(part, NativeInt8Linear | NativeLinear))
+                return base, down, up
+        return None
 
 
 def read_adapter(

@@ -165,7 +165,8 @@ class Decoder:
                 )
             )
 
-        self.whole = whole_layers(self.layers, self.part, self.rope, self.backend)
+        # Between ranks there are sums.
+        self.whole = whole_layers(self.layers, self.part, self.rope, self.backend) if ranks.size == 1 else None
 
     def forward(
         self,

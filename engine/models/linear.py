@@ -130,10 +130,10 @@ class NativeLinear:
     """float32 arithmetic on weights in as few bits as hold them (`kernels/linear_native.py`)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self._bias = NativeWeight(weight), bias
+        self.weight = NativeWeight(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.weight.multiply(x, self._bias)
+        return self.weight.multiply(x)
 
 
 class NativeInt8Linear:

@@ -3,11 +3,10 @@
 
 #include "int8.h"
 
-/* Of the head's two layers: for integers, or, where that is null, packed for linear.c. */
+/* Of the head's two layers: for integers, or, where that is null, for floats. */
 typedef struct {
     const Int8Weight *integers;
-    const uint8_t *packed;
-    long format;
+    const FloatWeight *floats;
 } Layer;
 
 typedef struct {
@@ -22,7 +21,7 @@ enum { DONE, NO_MEMORY, NO_SUCH_ID };
 /* Returns 1 without memory. */
 static int multiply(const Layer *by, const float *x, long rows, long in, long out, float *y) {
     if (by->integers) return native_int8_linear(x, in, rows, by->integers, 0, 0, 0, 0, y, out);
-    native_linear(x, in, rows, by->packed, (int)by->format, in, out, 0, y, out, 0);
+    native_linear(x, in, rows, by->floats->packed, by->floats->format, in, out, 0, y, out, 0);
     return 0;
 }
 

@@ -19,6 +19,14 @@ static inline float read_float(const void *at) {
 /* Before a loop over a small constant: what it indexes then stays in registers. */
 #define UNROLL _Pragma("GCC unroll 16")
 
+/* Weights for floats; packed: in one of linear.c's formats. */
+typedef struct {
+    const uint8_t *packed;
+    const float *bias; /* [out] or null */
+    long in, out;
+    int format;
+} FloatWeight;
+
 /* The kernels that are used by another file, each defined in its own. */
 void native_linear(const float *x, long x_stride, long rows, const uint8_t *weight, int format, long in, long out,
                    const float *bias, float *y, long y_stride, int add);

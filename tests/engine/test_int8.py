@@ -9,11 +9,11 @@ import pytest
 import torch
 from converted import converted_folder
 from test_verify import DRAFTS, answers, core_of, texts
+from whole_forward import forward
 
 from linocut.engine.core import EngineCore
 from linocut.engine.models.embedded import cache_root
 from linocut.engine.models.linear import NativeInt8Linear
-from linocut.kernels.attention import AttentionLayout
 from linocut.kernels.native import load_native, multiplies_integers
 
 
@@ -54,26 +54,6 @@ def test_nor_does_a_draft_head_change_it(tmp_path: Path) -> None:
 def test_the_vocabulary_head_is_in_integers_too(folder: Path) -> None:
     # Without the wrapper that makes drafts right.
     assert isinstance(core_of(folder, quantization="int8", plain=True).runner.decoder.head, NativeInt8Linear)
-
-
-def forward(core: EngineCore, noisy: list[int], tokens: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states of a causal row, and the keys that it leaves in the last layer."""
-    places = torch.arange(tokens, dtype=torch.int32)
-    layout = AttentionLayout(
-        query_start=torch.tensor([0, tokens], dtype=torch.int32),
-        page_table=torch.tensor([[1]], dtype=torch.int32),
-        visible=places + 1,
-        scratch_start=None,
-        scratch_end=None,
-        max_query=tokens,
-        max_visible=tokens,
-    )
-    flags = torch.zeros(tokens, dtype=torch.bool)
-    flags[noisy] = True
-    runner = core.runner
-    with torch.inference_mode():
-        hidden = runner.decoder.forward(places + 20, places, places + 16, runner.cache, layout, flags)
-    return hidden, runner.cache.keys[-1][1, :tokens].clone()
 
 
 def test_layers_in_one_call_are_those_one_by_one(folder: Path) -> None:

@@ -86,7 +86,7 @@ class TestWeights:
 def test_products_are_exact_to_the_rounding_of_sums(rows, bias, inputs, outputs):
     weight, x = half_weight(outputs, inputs), torch.randn(rows, inputs)
     b = torch.randn(outputs) if bias else None
-    found = NativeWeight(weight).multiply(x, b)
+    found = NativeWeight(weight, b).multiply(x)
     exact = linear(x.double(), weight.double(), None if b is None else b.double())
     bound = (inputs + 1) ** 0.5 * 2.0**-22 * (linear(x.abs(), weight.abs()) + (0 if b is None else b.abs()))
     assert found.shape == (rows, outputs)

@@ -1,4 +1,4 @@
-"""All layers of a Llama in one call, in integers; what each of them does is that of the kernels in C."""
+"""All layers of a Llama in one call; what each of them does is that of the kernels in C."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .linear_int8 import Int8Weight
+from .linear_native import NativeWeight
 from .native import library
 
 if TYPE_CHECKING:
     from .attention import AttentionLayout
 
-# A weight and, where there is an adapter beside it, its two halves.
-Projection = tuple[Int8Weight, Int8Weight | None, Int8Weight | None]
+# A weight and, where there is an adapter beside it, its two halves: all for integers, or all for floats.
+Weight = Int8Weight | NativeWeight
+Projection = tuple[Weight, Weight | None, Weight | None]
 
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
 class _Layer(ctypes.Structure):
-    """`Layer` of c/layers_int8.c: norms, then three pointers for each projection."""
+    """`Layer` of c/layers.c: norms, then three pointers for integers and three for floats for each projection."""
 
-    _fields_ = [("norms", _P * 2), ("projections", _P * 12)]
+    _fields_ = [("norms", _P * 4), ("projections", _P * 24)]
 
 
 class _Layers(ctypes.Structure):
@@ -49,29 +51,32 @@ class _Rows(ctypes.Structure):
 
 
 @dataclass
-class Int8Layer:
-    """input_norm, post_norm: [hidden] float32."""
+class NativeLayer:
+    """input_norm, post_norm: [hidden] float32; q_norm, k_norm: [size], or None."""
 
     input_norm: Tensor
     post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     qkv: Projection
     output: Projection
     gate_up: Projection
     down: Projection
 
 
-class Int8Layers:
+class NativeLayers:
     """Layers that differ in their weights alone. table: of `rope_table`; size: of a head, a multiple of 16."""
 
     def __init__(
-        self, layers: Sequence[Int8Layer], *, heads: int, kv_heads: int, size: int, table: Tensor, eps: float
+        self, layers: Sequence[NativeLayer], *, heads: int, kv_heads: int, size: int, table: Tensor, eps: float
     ) -> None:
         self._kept = layers, table
         self._layers = (_Layer * len(layers))()
         for at, layer in zip(self._layers, layers, strict=True):
-            at.norms[:] = [layer.input_norm.data_ptr(), layer.post_norm.data_ptr()]
-            parts = [*layer.qkv, *layer.output, *layer.gate_up, *layer.down]
-            at.projections[:] = [None if part is None else part.at for part in parts]
+            norms = layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm
+            at.norms[:] = [None if norm is None else norm.data_ptr() for norm in norms]
+            parts = [layer.qkv, layer.output, layer.gate_up, layer.down]
+            at.projections[:] = [pointer for part in parts for pointer in _pointers(part)]
         first = layers[0]
         self._all = _Layers(
             *(ctypes.addressof(self._layers), len(layers), first.qkv[0].inputs, first.down[0].inputs),
@@ -104,6 +109,12 @@ class Int8Layers:
             *((None, 0) if noisy is None else (noisy.data_ptr(), noisy.shape[0])),
         )
         caches = (self._pointers(*(each.data_ptr() for each in cache)) for cache in (keys, values))
-        if library().native_int8_layers(ctypes.byref(self._all), ctypes.byref(rows), *caches, residual.data_ptr()):
+        if library().native_layers(ctypes.byref(self._all), ctypes.byref(rows), *caches, residual.data_ptr()):
             raise MemoryError("a forward found no memory")
         return residual
+
+
+def _pointers(projection: Projection) -> list[int | None]:
+    """`Either` of c/layers.c."""
+    found = [None if part is None else part.at for part in projection]
+    return [*found, None, None, None] if isinstance(projection[0], Int8Weight) else [None, None, None, *found]
