@@ -10,6 +10,9 @@ Measured (Zen 3, AVX2, two threads; SmolLM2-135M's 30 layers, all weights distin
 | 64 | 1.1 | 1.4 | 2.0 |
 | 256 | 1.0 | 1.1 | 1.6 |
 
+(There "native" takes 10.4, 13.2, 19.7, 27.8 and 60.7 ms for 1, 4, 8, 12 and 32 rows, "native int8" 3.7, 4.3, 7.1, 9.0
+and 21.4.)
+
 Few rows are bound by reading the weights, so halving these counts for more than arithmetic. The same layers in ms of
 CPU time on a Xeon with AVX-512 and AMX, one thread ("native": `kernels/linear_native.py`, four bits that lose nothing):
 
