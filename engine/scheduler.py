@@ -236,7 +236,7 @@ class Scheduler:
         return 1 if sequence.geometry.feed else sequence.geometry.block
 
     def _as_pays(self, sequence: Sequence, coming: Coming) -> Coming:
-        if self.shortens and sequence.geometry.shortest < sequence.geometry.segment:
+        if self.shortens and 0 < sequence.geometry.shortest < sequence.geometry.segment:
             shorten(coming, sequence, len(self.running), self.row_share)
         return coming
 

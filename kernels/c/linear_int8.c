@@ -27,7 +27,7 @@ static void quantize_part(const Floats values[PARTS], Part *to) {
     UNROLL for (int p = 0; p < PARTS; p++) all = c_add(all, found[p] = c_from_floats(v_mul(values[p], inverse)));
     c_store(to->codes, found);
     int sum = c_sum(all);
-    to->scale = scale, to->sum = scale * (float)sum, to->shift = -128 * sum;
+    to->scale = scale, to->sum = scale * (float)sum, to->shift = (int)(-128u * (unsigned)sum);
 }
 
 void quantize_row(const float *x, long in, long rows, Part *to) {

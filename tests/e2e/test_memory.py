@@ -16,7 +16,7 @@ from loadtests.shape_model import write_shape_model
 
 CLIENTS = 40
 # A position's logits over a vocabulary of 152,064 take 0.6 MB: those of some rows fit together, of all of them do not.
-ROOM = 140 << 20
+ROOM = 70 << 20
 OPTIONS = (
     "--random-weights",
     "--dtype",

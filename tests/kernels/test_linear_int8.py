@@ -101,10 +101,21 @@ def test_rows_may_have_any_stride():
     assert torch.equal(weight.multiply(x[:, 70:134]), weight.multiply(x[:, 70:134].contiguous()))
 
 
-def test_an_adapter_acts_on_the_rows_that_are_named():
-    base, down, up = (Int8Weight(torch.randn(o, i)) for o, i in ((90, 64), (8, 64), (90, 8)))
-    x, rows = torch.randn(9, 64), torch.tensor([1, 4, 5, 8])
-    expected = base.multiply(x)
-    expected[rows] += up.multiply(down.multiply(x[rows]))
-    assert torch.equal(base.multiply(x, (down, up), rows), expected)
-    assert torch.equal(base.multiply(x, (down, up), rows[:0]), base.multiply(x))
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "count", "noisy"), [(90, 64, 9, 4), (965, 576, 60, 27), (3072, 576, 7, 4)]
+)
+def test_an_adapter_acts_on_the_rows_that_are_named(outputs, inputs, count, noisy, threads):
+    """One thread or several, and more rows of each kind than run together."""
+    shapes = (outputs, inputs), (8, inputs), (outputs, 8)
+    base, down, up = (Int8Weight(torch.randn(shape)) for shape in shapes)
+    x, rows = torch.randn(count, inputs), torch.randperm(count)[:noisy].sort().values
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected = base.multiply(x)
+        expected[rows] += up.multiply(down.multiply(x[rows]))
+        assert torch.equal(base.multiply(x, (down, up), rows), expected)
+        assert torch.equal(base.multiply(x, (down, up), rows[:0]), base.multiply(x))
+    finally:
+        torch.set_num_threads(before)

@@ -187,6 +187,12 @@ def test_a_compiler_that_fails_is_an_oserror(tmp_path, monkeypatch):
         native._compiled(tmp_path)
 
 
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
+def test_sources_compile_for_processors_that_are_not_here(instructions, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "instructions", lambda: instructions)
+    assert native._compiled(tmp_path).exists()
+
+
 def test_a_library_is_compiled_once(tmp_path):
     made = native._compiled(tmp_path)
     before = made.stat().st_mtime_ns

@@ -23,7 +23,9 @@ _FEW = 4
 class VerifyParams(msgspec.Struct, frozen=True):
     """Drafts from masks, verified by the clean rows of the next forward: the autoregressive text in fewer forwards."""
 
-    draft_length: Annotated[int, Meta(ge=1, le=MAX_DRAFT, description="masks of a draft; default: the block size")] = 4
+    draft_length: Annotated[
+        int, Meta(ge=1, le=MAX_DRAFT, description="most masks of a draft; default: the block size")
+    ] = 4
     row_cost: RowCost = None
 
 
@@ -39,7 +41,7 @@ class Verify(FrontierStrategy):
 
     A row is run if what it promises pays for it. The confidence of a draft is taken for the probability that it is
     right: a draft promises the probability that all up to it are, a segment that of its prefix being the longest right
-    one.
+    one. Where steps are not captured a segment has as many masks as pay (`prices.worthwhile_masks`).
     """
 
     name = "verify"
