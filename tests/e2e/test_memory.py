@@ -16,7 +16,8 @@ from loadtests.shape_model import write_shape_model
 
 CLIENTS = 40
 # A position's logits over a vocabulary of 152,064 take 0.6 MB: those of some rows fit together, of all of them do not.
-ROOM = 70 << 20
+# How many come together is the machine's affair, so there is less and less room until some do not fit.
+ROOMS = 140 << 20, 110 << 20, 80 << 20, 50 << 20
 OPTIONS = (
     "--random-weights",
     "--dtype",
@@ -60,10 +61,15 @@ def test_an_engine_that_runs_out_of_memory_serves_what_fits_and_recovers(
         assert {status for status, _ in whole} == {200}
         processes = psutil.Process(server.process.pid).children()
         engine = next(one for one in processes if "spawn_main" in " ".join(one.cmdline()))
-        engine.rlimit(psutil.RLIMIT_AS, (engine.memory_info().vms + ROOM, psutil.RLIM_INFINITY))
-        for (status, found), (_, expected) in zip(ask(server), whole, strict=True):
-            assert (status, found) == (200, expected)
-        assert server.metrics()["linocut_forwards_out_of_memory_total"] > 0
+        idle = engine.memory_info().vms
+        for room in ROOMS:
+            engine.rlimit(psutil.RLIMIT_AS, (idle + room, psutil.RLIM_INFINITY))
+            for (status, found), (_, expected) in zip(ask(server), whole, strict=True):
+                assert (status, found) == (200, expected)
+            if server.metrics()["linocut_forwards_out_of_memory_total"]:
+                break
+        else:
+            pytest.fail("there was always room")
         assert server.leftovers() == ""
         engine.rlimit(psutil.RLIMIT_AS, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
         assert ask(server) == whole
