@@ -13,7 +13,7 @@ from torch import Tensor
 from linocut.kernels.attention import AttentionLayout, staircase_attention
 from linocut.kernels.attention_flash import FlashAttention
 from linocut.kernels.backend import Backend
-from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
+from linocut.kernels.norm import rms_norm, silu_and_mul
 from linocut.kernels.rope import rope_and_cache_write, rope_table
 
 from ..errors import ModelError
@@ -210,17 +210,20 @@ class Decoder:
                 q = q * self.query_scale.index_select(0, positions)
             attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend, flash=self.flash)
             attended = attended.reshape(attended.shape[0], -1)
-            x = self.ranks.sum(_project(layer.output, attended, gate))
-            x, residual = add_rms_norm(x, residual, layer.post_norm, b.norm_eps, self.fused_norm, backend=self.backend)
+            x, residual = self._add_and_norm(_project(layer.output, attended, gate), residual, layer.post_norm)
             if layer.gate_up is not None and layer.down is not None:
                 gated = silu_and_mul(_project(layer.gate_up, x, gate), backend=self.backend)
-                x = self.ranks.sum(_project(layer.down, gated, gate))
+                x = _project(layer.down, gated, gate)
             elif layer.moe is not None:
-                x = self.ranks.sum(layer.moe(x))
+                x = layer.moe(x)
             if index + 1 < len(self.layers):
-                following = self.layers[index + 1].input_norm
-                x, residual = add_rms_norm(x, residual, following, b.norm_eps, self.fused_norm, backend=self.backend)
-        return x + residual
+                x, residual = self._add_and_norm(x, residual, self.layers[index + 1].input_norm)
+        return self.ranks.sum(x) + residual
+
+    def _add_and_norm(self, part: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What a rank has of a layer's output, joined with the others' and the residual: the norm of it, and itself."""
+        eps = self.backbone.norm_eps
+        return self.ranks.sum_and_norm(part, residual, weight, eps, self.fused_norm, self.backend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] before the final norm -> [rows, width of the share] in the model's dtype."""

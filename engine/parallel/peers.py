@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from linocut.kernels.norm import add_rms_norm
+
 if TYPE_CHECKING:
+    from linocut.kernels.peer_norm_triton import Letters
+
     from .ranks import Ranks
 
 log = logging.getLogger("linocut.engine")
 
 # Bytes that a rank reads of the others for a sum, at most: beyond, NCCL moves less and is as fast.
 _MOST = 1 << 20
+# Rows, 32-bit words of each, and ranks that write to each other, which one kernel sums and normalises.
+_ROWS, _WORDS, _RANKS = 64, 8192, 8
 # The kernel moves as much at a time.
 _ALIGNED = 16
 _TRIALS = 48
@@ -41,6 +49,21 @@ class PeerSums:
             buffer = symmetric.empty(self._most // dtype.itemsize, dtype=dtype, device=device)
             symmetric.rendezvous(buffer, group)
             self._buffers[dtype] = buffer
+        has_triton = find_spec("triton") is not None
+        self._letters = self._exchange(symmetric, device, size) if has_triton and size <= _RANKS else None
+
+    def _exchange(self, symmetric: ModuleType, device: torch.device, size: int) -> Letters:
+        from linocut.kernels.peer_norm_triton import Letters
+
+        memory = symmetric.empty(2 * size * _ROWS * _WORDS, dtype=torch.int64, device=device)
+        handle = symmetric.rendezvous(memory, dist.group.WORLD)
+        memory.zero_()
+        self._memory = memory, handle
+        addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+        turns = torch.zeros(_ROWS, dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)
+        dist.barrier()  # nobody writes before all are zeros
+        return Letters(addresses, turns, handle.rank, size, _ROWS, _WORDS)
 
     def take(self, x: Tensor) -> bool:
         return x.dtype in self._buffers and 0 < x.nbytes <= self._most and x.nbytes % _ALIGNED == 0
@@ -51,6 +74,18 @@ class PeerSums:
         buffer = self._buffers[x.dtype][: x.numel()].copy_(x.view(-1))
         total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", self._group)
         return total.view(x.shape)
+
+    def take_norm(self, x: Tensor) -> bool:
+        return self._letters is not None and self._letters.take(x)
+
+    def sum_and_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`Ranks.sum_and_norm` of rows that they `take_norm`."""
+        from linocut.kernels.peer_norm_triton import triton_peer_add_rms_norm
+
+        assert self._letters is not None
+        return triton_peer_add_rms_norm(x, residual, weight, eps, fused, self._letters)
 
 
 def peer_sums(ranks: Ranks) -> PeerSums | None:
@@ -82,6 +117,14 @@ def _sums_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
         x = torch.arange(8 << turn % 12, device=device).add_(rank + turn).remainder_(61).float()
         expected = x.clone()
         dist.all_reduce(expected)
-        for dtype in (torch.float32, torch.bfloat16):
-            right &= (peers.sum(x.to(dtype)) == expected.to(dtype)).all()
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            part, whole = x.to(dtype), expected.to(dtype)
+            right &= (peers.sum(part) == whole).all()
+            rows, whole = part.view(1 << turn % 4, -1), whole.view(1 << turn % 4, -1)
+            if peers.take_norm(rows):
+                residual, weight = whole.flip(0).sub(30), whole[0].remainder(3).add(1)
+                normed, total = peers.sum_and_norm(rows, residual, weight, 1e-6, False)
+                expected_norm, expected_total = add_rms_norm(whole, residual, weight, 1e-6, False)
+                right &= (total == expected_total).all()
+                right &= torch.isclose(normed, expected_norm, rtol=tolerance, atol=tolerance).all()
     return bool(right)

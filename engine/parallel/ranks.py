@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from linocut.kernels.backend import Backend
+from linocut.kernels.norm import add_rms_norm
+
 from .peers import PeerSums
 
 # torch 2.13 renames it.
@@ -32,6 +35,14 @@ class Ranks:
             return self.peers.sum(x)
         dist.all_reduce(x)
         return x
+
+    def sum_and_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool, backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        """`add_rms_norm` of the sum over the ranks: x, residual: [rows, size]."""
+        if self.peers is not None and backend == "triton" and self.peers.take_norm(x):
+            return self.peers.sum_and_norm(x, residual, weight, eps, fused)
+        return add_rms_norm(self.sum(x), residual, weight, eps, fused, backend=backend)
 
     def gather(self, x: Tensor) -> Tensor:
         """[size, *shape of x]: every rank's `x`, all of one shape, in their order."""

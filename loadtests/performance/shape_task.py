@@ -49,12 +49,14 @@ def run_shape(name: str, settings: Settings, path: Path, deadline: float) -> Non
         if "forwards" in settings.parts:
             _forwards(core, pace, variant, settings, sheet, first)
         if "curve" in settings.parts:
-            _curve(core, pace, variant, settings, sheet)
+            _curve(core, pace, variant, settings, sheet, settings.clients[:2])
         if "forwards" in settings.parts:
             for context in later:
                 _forwards(core, pace, variant, settings, sheet, context)
         if "profile" in settings.parts:
             _profiles(core, pace, variant, settings, sheet)
+        if "curve" in settings.parts:
+            _curve(core, pace, variant, settings, sheet, settings.clients[2:])
     sheet.note(finished=True)
     core.close()
 
@@ -120,9 +122,11 @@ def _on_grid(core: EngineCore, context: int) -> int:
     return max(context // core.traits.block_size, 1) * core.traits.block_size
 
 
-def _curve(core: EngineCore, pace: Pace, variant: Variant, settings: Settings, sheet: Sheet) -> None:
-    """Tokens a second against tokens a forward; the loads that targets name come first."""
-    for count in settings.clients:
+def _curve(
+    core: EngineCore, pace: Pace, variant: Variant, settings: Settings, sheet: Sheet, clients: tuple[int, ...]
+) -> None:
+    """Tokens a second against tokens a forward."""
+    for count in clients:
         for at in paces(core, variant, settings.paces):
             _steady(core, pace, at, settings, sheet, "curve", count, settings.curve_context)
 

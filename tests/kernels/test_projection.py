@@ -55,7 +55,11 @@ def test_it_serves_where_it_measured_faster_and_nowhere_else():
     assert faster(8, 152_064, 3584)
     assert faster(32, 3584, 3584)
     assert not faster(33, 2 * 18_944, 3584), "more rows"
-    assert not faster(8, 4608, 3584), "queries, keys and values"
+    assert faster(8, 4608, 3584), "queries, keys and values"
+    assert faster(1, 18_944, 3584), "half of gate and up, on one of two GPUs"
+    assert faster(1, 3584, 9472), "half of down"
+    assert not faster(32, 3584, 9472), "that with more rows"
     assert not faster(8, 3584, 18_944), "down"
+    assert not faster(8, 3584, 1792), "half of the output"
     assert not faster(8, 49_152, 576), "an inner size that is no multiple of its step"
     assert not faster(8, 152_064, 3584, torch.float32)
