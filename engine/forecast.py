@@ -7,6 +7,8 @@ wrong, and never a token.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from .plan import RowPlan
@@ -24,7 +26,7 @@ class Coming(msgspec.Struct, gc=False):
 
     run_start, width: its positions are run_start .. run_start + width - 1, or as many of later ones. clean: as
     `Sequence.clean`. targets, segments: as of a sequence. reach: no position that it runs or sees lies behind this one,
-    draft segments apart.
+    draft segments apart. spare: how many of its positions and those of segments it does not need, on average.
     """
 
     run_start: int
@@ -34,6 +36,7 @@ class Coming(msgspec.Struct, gc=False):
     segments: int
     reach: int
     segment: int
+    spare: float = 0.0
 
     @property
     def scratch(self) -> int:
@@ -134,20 +137,27 @@ def _behind_frontier(sequence: Sequence, row: RowPlan, cost: float) -> Coming | 
     few = min(geometry.window, _FEW)
     if few * cost > 1:
         few = 1 + int(_ROOM / cost)
+    if geometry.shortest and not sequence.segments:
+        few = 1  # drafts come from masks, and none are under way
     # Drafts often come every other step, from masks of the one between.
     targets, segments = max(sequence.targets, sequence.before[0]), max(sequence.segments, sequence.before[1])
     width = min(geometry.window, max(targets, few))
     start += min(sequence.targets, row.targets)
-    return Coming(sequence.start, width, 0, width, segments, start + width, geometry.segment)
+    coming = Coming(sequence.start, width, 0, width, segments, start + width, geometry.segment)
+    usual = sequence.targets + sequence.before[0] + (sequence.segments + sequence.before[1]) * geometry.segment
+    coming.spare = max(coming.width + coming.scratch - usual / 2, 0.0)
+    return coming
 
 
 def _behind_window(sequence: Sequence, cost: float) -> Coming:
     """The window once more, behind the prefix tokens that the step under way decides: all of it, or as many as ever."""
     feed = room = sequence.geometry.feed
+    made = (len(sequence.tokens) - sequence.prompt_len) / max(sequence.forwards, 1)
     if feed * cost > 2 * _ROOM:
-        made = len(sequence.tokens) - sequence.prompt_len
-        room = min(feed, 2 + 2 * made // max(sequence.forwards, 1))
-    return _behind(sequence, feed + room, feed, sequence.start + 2 * feed)
+        room = min(feed, 2 + int(2 * made))
+    coming = _behind(sequence, feed + room, feed, sequence.start + 2 * feed)
+    coming.spare = max(room - made, 0.0)
+    return coming
 
 
 def _behind_block(sequence: Sequence, cost: float) -> Coming | None:
@@ -160,14 +170,19 @@ def _behind_block(sequence: Sequence, cost: float) -> Coming | None:
     chance = _finishing(sequence)
     if chance == 1 and sequence.start + block >= sequence.limit:
         return None
-    width = block
-    if not geometry.seeds and chance > 0 and 2 * chance >= (1 - chance) * block * cost:
-        width = 2 * block
+    width, spare = block, 0.0
+    if sequence.caches_blocks:
+        spare = block  # a part of it or all of it: too far apart
+    elif not geometry.seeds and chance > 0:
+        lost = 2 * chance / cost if cost > 0 else math.inf
+        spare = min((1 - chance) * block, lost)
+        width = block if spare == lost else 2 * block
     coming = _behind(sequence, width, geometry.asks, sequence.start + 2 * block)
     if geometry.segment:
         # A block's second step is the first that has drafts to try; how many, the load says.
         most = 1 + int(_ROOM / (cost * geometry.segment)) if cost > 0 else sequence.segments
         coming.segments = max(sequence.segments, min(most, geometry.segments))
+    coming.spare = spare
     return coming
 
 

@@ -202,7 +202,7 @@ def _few_sizes(count: int) -> int:
     three."""
     if count <= 128:
         return _power(count)
-    step = 1 << (count - 1).bit_length() - (2 if count <= 1024 else 3)
+    step = 1 << (count - 1).bit_length() - (2 if count <= 256 else 3)
     return -(-count // step) * step
 
 

@@ -8,9 +8,12 @@ def marginal_cost(rows: int, share: float) -> float:
 
     A forward of R positions takes about 1 + share * R times that of none. With `rows` sequences of some eight positions
     and two tokens each, one more position costs share / (1 + 8 * share * rows) of the forward, so that share of
-    2 * rows tokens.
+    2 * rows tokens. Where that is less than it costs beside one position and one token each, the eight do not pay
+    themselves: with enough sequences a position takes as long as the one that writes a token.
     """
-    return 2 * rows * share / (1 + 8 * share * rows)
+    drafting = 2 * rows * share / (1 + 8 * share * rows)
+    plain = rows * share / (1 + share * rows)
+    return max(drafting, plain)
 
 
 # How often a draft is right whose predecessors are: of the embedded model's, six of ten.

@@ -22,16 +22,14 @@ from .forecast import Coming, forecast, known, shorten, what_ran
 from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
 from .sequence import Sequence, Status
 
-# How much longer a forward may take, in forwards of few rows, so that it need not wait for the one before.
-_WASTE = 0.25
-
 
 class Scheduler:
     """Owns the sequences, and says what of `Holdings` they get.
 
     Invariants after every call: a running sequence has a slot, a waiting one owns nothing; each ends exactly once.
-    row_share: how much longer a forward takes for one more position (see `prices.py`). shortens: draft segments are as
-    long as pays; else of one length, as suits steps that are captured.
+    row_share: how much longer a forward takes for one more position (see `prices.py`). host_share: how long the device
+    waits for a plan that is not made ahead. Both in forwards of few rows. shortens: draft segments are as long as pays;
+    else of one length, as suits steps that are captured.
     """
 
     def __init__(
@@ -43,10 +41,11 @@ class Scheduler:
         max_running: int,
         token_budget: int,
         row_share: float = 0.003,
+        host_share: float = 0.25,
         shortens: bool = True,
     ) -> None:
         self.token_budget = token_budget
-        self.row_share, self.shortens = row_share, shortens
+        self.row_share, self.host_share, self.shortens = row_share, host_share, shortens
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []  # by order of arrival
         self.running: list[Sequence] = []  # by order of arrival
@@ -95,20 +94,23 @@ class Scheduler:
     def schedule_ahead(self) -> StepPlan | None:
         """Plan the forward behind the one that is under way; None where it has to wait for that one's reports.
 
-        Nobody is preempted for it: what the device has of a row is not known here by now.
+        It waits where positions that rows may turn out not to need would take longer than the device has to wait. Nobody is preempted for it: what the device has of a row is not known here by now.
         """
         if self._short:
             return None
         comings: dict[Sequence, Coming] = {}
         under_way = dict(self._under_way[-1])
-        share, rows = self.row_share, len(self.running)
+        share, rows, spare = self.row_share, len(self.running), 0.0
         for sequence in self.running:
-            if sequence.caches_blocks and (sequence.geometry.canvas or sequence.geometry.block * rows * share > _WASTE):
-                return None  # a part of the block or all of it, part of the canvas or all of it: too far apart
+            if sequence.caches_blocks and sequence.geometry.canvas:
+                return None  # part of the canvas or all of it: too far apart
             row = under_way.get(sequence)
             coming = known(sequence) if row is None else forecast(sequence, row, rows, share)
             if coming is not None:
                 comings[sequence] = coming
+                spare += coming.spare
+        if spare * share > self.host_share:
+            return None
         if not comings and not self.waiting:
             return None
         plan = self._plan(comings, ahead=True)

@@ -16,9 +16,11 @@ from linocut.engine.bench.paced import Pace, acceptance, cycle_of, refinements
 from linocut.engine.bench.prefill import measure_prefill
 from linocut.engine.bench.steady import DeviceClock, measure_steady
 from linocut.engine.bench.variants import VARIANTS, Variant, first_of, paced, paces
+from linocut.engine.config import EngineConfig
 from linocut.engine.core import EngineCore
 from linocut.engine.decoding.parameters import resolve
 from linocut.engine.flight import Flight
+from linocut.engine.loading import load_model
 from linocut.engine.plan import StepPlan
 
 
@@ -195,3 +197,39 @@ def test_clients_ask_again_as_soon_as_they_are_answered() -> None:
     found = run_clients(core, resolve(core.info, {}), [prompt_of(9), prompt_of(14)], 3, 7, 8)
     assert (found.requests, found.tokens, most) == (7, 56, 3)
     assert found.tokens_per_second == pytest.approx(56 / found.seconds)
+
+
+@pytest.mark.parametrize(("share", "waits"), [(0.0, False), (0.05, True)])
+def test_a_step_waits_where_room_for_what_may_come_costs_more(share: float, waits: bool) -> None:
+    """Whether a step ends its block is even odds here: rows have room for a commit and the next block, or know."""
+    core = engine("sdar16", max_running=8, max_model_len=1024)
+    core.overlapping = True
+    core.scheduler.row_share = core.runner.row_share = share
+    pace = Pace(core)
+    at = paced(core, "blocks", {"strategy": "static"}, 8)
+    under_way = []
+    launch = core.launch
+
+    def noting(plan: StepPlan) -> Flight | None:
+        under_way.append(len(core._flights))
+        return launch(plan)
+
+    core.launch = noting  # type: ignore[method-assign]
+    with claimed_contexts(core):
+        found = measure_steady(core, first_of(pace, at), 6, 64, cycle=at.cycle, seconds=9.0, most=16)
+    assert found.tokens_per_forward == pytest.approx(8)
+    assert (found.padding < 1) == waits
+    assert (0 in under_way[-16:]) == waits
+
+
+def test_room_for_drafts_is_kept_where_masks_are_under_way_only(tmp_path: Path) -> None:
+    for share, padded in ((0.003, True), (1.0, False)):
+        core = EngineCore(load_model(EngineConfig(model=str(converted_folder(tmp_path / str(share))), device="cpu")))
+        core.overlapping = True
+        core.scheduler.row_share = core.runner.row_share = share
+        core.scheduler.host_share = 1e9
+        decoding = resolve(core.info, {"strategy": "verify"})
+        with claimed_contexts(core):
+            found = measure_steady(core, decoding, 4, 32, cycle=8, seconds=0.0)
+        assert (found.padding > 0) == padded
+        assert (found.positions > 4) == padded, "without room it is the forward of `autoregressive`"

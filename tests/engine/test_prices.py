@@ -15,7 +15,9 @@ def test_a_row_costs_more_the_more_sequences_pay_for_it() -> None:
     costs = [marginal_cost(rows, share) for share in (0.003, 0.08) for rows in (1, 4, 16, 64)]
     assert costs[:4] == sorted(costs[:4])
     assert costs[4:] == sorted(costs[4:])
-    assert all(0 < cost < 0.25 for cost in costs), "two tokens in eight positions"
+    assert all(0 < cost < 1 for cost in costs), "a position writes a token at most"
+    assert 0.09 < marginal_cost(1, 0.08) < 0.1, "two tokens in eight positions"
+    assert 0.5 < marginal_cost(256, 0.005) < 0.6, "one token in one position: eight would not pay themselves"
 
 
 def test_masks_are_as_many_as_pay() -> None:
