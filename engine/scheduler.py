@@ -94,7 +94,8 @@ class Scheduler:
     def schedule_ahead(self) -> StepPlan | None:
         """Plan the forward behind the one that is under way; None where it has to wait for that one's reports.
 
-        It waits where positions that rows may turn out not to need would take longer than the device has to wait. Nobody is preempted for it: what the device has of a row is not known here by now.
+        It waits where positions that rows may turn out not to need would take longer than that takes. Nobody is
+        preempted for it: what the device has of a row is not known here by now.
         """
         if self._short:
             return None
