@@ -18,6 +18,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     replica, replicas: this engine is one of several on its machine, counted from 0 (see `share_machine` in machine.py).
     kv_memory: bytes for the KV pages; on CUDA the default is `memory_fraction` of the card less weights and workspace.
     block_size: diffusion block of a block-causal model; it changes K/V, so it is one value per loaded model.
+    warm_up: strategies that a GPU is made ready for at the start, besides the default one.
     tensor_parallel_size: processes that hold the model together, each on a device of its own.
     mask_id, stop_ids: replace the checkpoint's own, for folders whose config.json does not name them.
     """
@@ -29,6 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention: Literal["auto", "torch", "triton", "flash", "native"] = "auto"
     numerics: Literal["fast", "reference"] = "fast"
     eager: bool = False  # no CUDA graphs
+    warm_up: tuple[str, ...] = ()
     block_size: int | None = None
     mask_id: int | None = None
     stop_ids: tuple[int, ...] | None = None

@@ -21,7 +21,7 @@ from .errors import ParameterError
 from .machine import share_machine
 from .messages import Abort, AddRequest, ChoiceOutput, EngineInput, EngineOutput, Fatal, Outputs, Ready, Shutdown
 from .parallel.crew import Crew
-from .warm_up import warm_up
+from .warm_up import make_ready
 
 log = logging.getLogger("linocut.engine")
 
@@ -55,8 +55,8 @@ class EngineProcess:
         core: Core | None = None
         try:
             core = load_core(share_machine(self._config), self._crew)
-            if isinstance(core, EngineCore) and core.runner.graphs is not None:
-                warm_up(core)
+            if isinstance(core, EngineCore):
+                make_ready(core, self._config.warm_up)
             # What is there by now stays: the collector need not look through it again, in the middle of a step.
             gc.collect()
             gc.freeze()

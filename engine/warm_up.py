@@ -11,6 +11,7 @@ import msgspec
 
 from .core import EngineCore
 from .counters import SchedulerCounters
+from .decoding.parameters import resolve
 from .messages import AddRequest
 from .params import DecodingParams, SamplingParams
 from .step_clock import StepClock
@@ -21,6 +22,16 @@ PROMPT = (12, 40)
 TOKENS = 40
 
 log = logging.getLogger("linocut.engine")
+
+
+def make_ready(core: EngineCore, strategies: tuple[str, ...] = ()) -> None:
+    """Warm up with the default strategy and with these, where steps are captured. Raises ParameterError for a name that
+    the model does not have."""
+    if core.runner.graphs is None:
+        return
+    warm_up(core)
+    for name in strategies:
+        warm_up(core, resolve(core.info, {"strategy": name}))
 
 
 def warm_up(core: EngineCore, decoding: DecodingParams | None = None, clients: tuple[int, ...] = CLIENTS) -> None:

@@ -74,6 +74,9 @@ def serve(
     ] = 1,
     numerics: Annotated[str, typer.Option(help="fast, or reference: the model authors' own arithmetic")] = "fast",
     eager: Annotated[bool, typer.Option("--eager", help="No CUDA graphs, and nothing compiled at the start.")] = False,
+    warm_up: Annotated[
+        str, typer.Option(help="Strategies, with commas, that a GPU is made ready for at the start; the default is.")
+    ] = "",
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="For load tests: of the model only config.json and the tokenizer.")
     ] = False,
@@ -146,6 +149,7 @@ def serve(
         "tensor_parallel_size": tensor_parallel_size,
         "numerics": numerics,
         "eager": eager,
+        "warm_up": tuple(name.strip() for name in warm_up.split(",") if name.strip()),
         "random_weights": random_weights,
         "block_size": block_size,
         "mask_id": mask_id,

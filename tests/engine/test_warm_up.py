@@ -5,7 +5,8 @@ from replays import replaying
 from request_mix import alone, mixed_requests
 from tiny_engines import FAMILIES, assert_empty, engine, prompt_of, request, run
 
-from linocut.engine.warm_up import warm_up
+from linocut.engine.errors import ConfigError
+from linocut.engine.warm_up import make_ready, warm_up
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -29,6 +30,17 @@ def test_it_meets_shapes_and_leaves_nothing_behind(family: str) -> None:
         assert met >= 0.5 * len(replays.shapes), "what a request meets that asks for nothing special"
     found, want = run(core, mixed_requests(core, family)), alone(family)
     assert {key: answer.text for key, answer in found.items()} == {key: answer.text for key, answer in want.items()}
+
+
+def test_strategies_beside_the_default_are_made_ready_by_name() -> None:
+    core = engine("sdar")
+    make_ready(core, ("static",))
+    assert core.stats().forwards == 0, "nothing is captured here"
+    replays = replaying(core)
+    make_ready(core, ("static",))
+    assert {group.strategy for shape in replays.shapes for group in shape.groups} == {"threshold", "static"}
+    with pytest.raises(ConfigError, match=r"strategy: .*verify"):
+        engine("sdar", warm_up=("static", "verify"))
 
 
 def test_a_model_of_short_texts_is_served_without() -> None:
