@@ -152,11 +152,10 @@ def _behind_frontier(sequence: Sequence, row: RowPlan, cost: float) -> Coming | 
 def _behind_window(sequence: Sequence, cost: float) -> Coming:
     """The window once more, behind the prefix tokens that the step under way decides: all of it, or as many as ever."""
     feed = room = sequence.geometry.feed
-    made = (len(sequence.tokens) - sequence.prompt_len) / max(sequence.forwards, 1)
     if feed * cost > 2 * _ROOM:
-        room = min(feed, 2 + int(2 * made))
+        room = min(feed, 2 + int(2 * _pace(sequence)))
     coming = _behind(sequence, feed + room, feed, sequence.start + 2 * feed)
-    coming.spare = max(room - made, 0.0)
+    coming.spare = max(room - _pace(sequence), 0.0)
     return coming
 
 
@@ -171,17 +170,19 @@ def _behind_block(sequence: Sequence, cost: float) -> Coming | None:
     if chance == 1 and sequence.start + block >= sequence.limit:
         return None
     width, spare = block, 0.0
-    if sequence.caches_blocks:
-        spare = block  # a part of it or all of it: too far apart
-    elif not geometry.seeds and chance > 0:
+    if not geometry.seeds and chance > 0:
         lost = 2 * chance / cost if cost > 0 else math.inf
         spare = min((1 - chance) * block, lost)
         width = block if spare == lost else 2 * block
+    if sequence.caches_blocks:
+        spare += block  # a part of it or all of it
     coming = _behind(sequence, width, geometry.asks, sequence.start + 2 * block)
     if geometry.segment:
         # A block's second step is the first that has drafts to try; how many, the load says.
         most = 1 + int(_ROOM / (cost * geometry.segment)) if cost > 0 else sequence.segments
         coming.segments = max(sequence.segments, min(most, geometry.segments))
+        usual = (sequence.segments + sequence.before[1]) / 2
+        spare += max(coming.segments - usual, 0.0) * geometry.segment
     coming.spare = spare
     return coming
 
@@ -190,7 +191,14 @@ def _behind_blocks(sequence: Sequence) -> Coming:
     """The blocks of the window once more, maybe with one more that is begun behind them."""
     geometry, start = sequence.geometry, sequence.start
     reach = min(sequence.run_end + geometry.block, geometry.end(sequence.limit))
-    return _behind(sequence, reach - start, geometry.asks, reach)
+    coming = _behind(sequence, reach - start, geometry.asks, reach)
+    coming.spare = max(reach - sequence.run_end - _pace(sequence), 0.0)
+    return coming
+
+
+def _pace(sequence: Sequence) -> float:
+    """Tokens a forward so far."""
+    return (len(sequence.tokens) - sequence.prompt_len) / max(sequence.forwards, 1)
 
 
 def _finishing(sequence: Sequence) -> float:

@@ -198,8 +198,8 @@ def _ragged(counts: np.ndarray, starts: np.ndarray, size: int) -> tuple[np.ndarr
 
 
 def _few_sizes(count: int) -> int:
-    """The next power of two; of many rows, which cost arithmetic and not just reading weights, one size in between, or
-    three."""
+    """The next power of two; of many rows, which cost arithmetic and not just reading weights, one size in between, and
+    beyond 256 three."""
     if count <= 128:
         return _power(count)
     step = 1 << (count - 1).bit_length() - (2 if count <= 256 else 3)

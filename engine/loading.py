@@ -23,7 +23,7 @@ from .decoding.registry import offered, strategy_classes
 from .decoding.strategy import Equipment
 from .errors import ConfigError, ModelError, ParameterError
 from .family import FamilyTraits, family_from_config
-from .machine import choose_device, choose_dtype, device_name, host_share, page_count, release_memory, row_share
+from .machine import choose_device, choose_dtype, device_name, forward_ms, page_count, release_memory, row_share
 from .messages import ModelInfo
 from .models.backbone import Backbone, backbone_from_config
 from .models.decoder import Decoder, allocate_cache
@@ -173,7 +173,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         max_running=max_running,
         token_budget=token_budget,
         row_share=runner.row_share,
-        host_share=host_share(backbone.parameters),
+        forward_ms=forward_ms(backbone.parameters),
         shortens=not runner.rounding,
     )
     info = ModelInfo(

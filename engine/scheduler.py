@@ -20,6 +20,7 @@ from .cache.prefix import PrefixCache
 from .counters import SchedulerCounters
 from .forecast import Coming, forecast, known, shorten, what_ran
 from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
+from .prices import waiting_ms
 from .sequence import Sequence, Status
 
 
@@ -27,9 +28,8 @@ class Scheduler:
     """Owns the sequences, and says what of `Holdings` they get.
 
     Invariants after every call: a running sequence has a slot, a waiting one owns nothing; each ends exactly once.
-    row_share: how much longer a forward takes for one more position (see `prices.py`). host_share: how long the device
-    waits for a plan that is not made ahead. Both in forwards of few rows. shortens: draft segments are as long as pays;
-    else of one length, as suits steps that are captured.
+    row_share: how much longer a forward takes for one more position (see `prices.py`). forward_ms: how long one of few
+    positions takes. shortens: draft segments are as long as pays; else of one length, as suits steps that are captured.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Scheduler:
         max_running: int,
         token_budget: int,
         row_share: float = 0.003,
-        host_share: float = 0.25,
+        forward_ms: float = 4.0,
         shortens: bool = True,
     ) -> None:
         self.token_budget = token_budget
-        self.row_share, self.host_share, self.shortens = row_share, host_share, shortens
+        self.row_share, self.forward_ms, self.shortens = row_share, forward_ms, shortens
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []  # by order of arrival
         self.running: list[Sequence] = []  # by order of arrival
@@ -110,7 +110,7 @@ class Scheduler:
             if coming is not None:
                 comings[sequence] = coming
                 spare += coming.spare
-        if spare * share > self.host_share:
+        if spare * share * self.forward_ms > waiting_ms(rows):
             return None
         if not comings and not self.waiting:
             return None

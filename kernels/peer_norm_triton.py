@@ -17,6 +17,10 @@ from torch import Tensor
 
 from .overlap_triton import follow, overlap
 
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+# That a rank writes to the others for a sum, turns and all: beyond, NCCL moves half as much.
+_MOST_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Letters:
@@ -38,13 +42,15 @@ class Letters:
     words: int
 
     def take(self, x: Tensor) -> bool:
-        """x: [rows, size]."""
+        """x: [rows, size]. Whether it fits, and is as little as this is quick for."""
         rows, size = x.shape
+        words = size * x.dtype.itemsize // 4
         return (
             0 < rows <= self.rows
-            and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+            and x.dtype in _DTYPES
             and size * x.dtype.itemsize % 4 == 0
-            and size * x.dtype.itemsize // 4 <= self.words
+            and words <= self.words
+            and rows * words * 8 * (self.ranks - 1) <= _MOST_BYTES
         )
 
 
@@ -128,15 +134,13 @@ def _sum_norm_kernel(
     tl.store(out_ptr + row * words + lane, _word(first, second, PAIR, DTYPE), inside)
 
 
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
 def triton_peer_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool, letters: Letters
 ) -> tuple[Tensor, Tensor]:
     """`norm.add_rms_norm` of the sum of all ranks' `x`: [rows, size], one that the letters `take`.
 
-    Every rank makes the same calls with its own `x`. The sum is rounded to x's dtype before the residual is added.
+    Every rank makes the same calls with its own `x`. The sum is rounded to x's dtype before the residual is added; that
+    and weight are of x's dtype, too. No kernel that may be under way writes weight.
     """
     rows, size = x.shape
     x, residual = x.contiguous(), residual.contiguous()

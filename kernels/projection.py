@@ -26,15 +26,15 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: B
 
 
 def is_faster(rows: int, weight: Tensor, processors: int) -> bool:
-    """Whether the Triton kernel measured faster than cuBLAS on an H200 (docs/kernels.md); from sizes alone.
+    """Whether the Triton kernel measured faster than cuBLAS on an H200, or as fast (docs/kernels.md); from sizes alone.
 
-    At 32 rows it reads a matrix of many tiles at 91 to 98 % of what the memory gives, cuBLAS at 87 to 94 %. Of products
+    At 32 rows it reads a matrix of many tiles at 88 to 98 % of what the memory gives, cuBLAS at 82 to 94 %. Of products
     that are few tiles it is faster at those that are alone on their processors for long enough.
     """
     features, inner = weight.shape
     if not 0 < rows <= MOST_ROWS or inner % 128 or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
     tiles = features // 64
-    longest = 4096 if rows > 16 else 12288
+    longest = 4096 if rows > 16 else 9472
     alone = 32 <= tiles <= 3 * processors // 5 and 3072 <= inner <= longest and inner % 256 == 0
     return tiles >= 2 * processors or alone

@@ -1,4 +1,4 @@
-"""Sums over the GPUs of one host that read each other's memory."""
+"""Sums over the GPUs of one host that reach each other's memory."""
 
 from __future__ import annotations
 
@@ -123,6 +123,7 @@ def _sums_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
             rows, whole = part.view(1 << turn % 4, -1), whole.view(1 << turn % 4, -1)
             if peers.take_norm(rows):
                 residual, weight = whole.flip(0).sub(30), whole[0].remainder(3).add(1)
+                torch.cuda.synchronize(device)  # the kernel expects weights that nobody writes any more
                 normed, total = peers.sum_and_norm(rows, residual, weight, 1e-6, False)
                 expected_norm, expected_total = add_rms_norm(whole, residual, weight, 1e-6, False)
                 right &= (total == expected_total).all()

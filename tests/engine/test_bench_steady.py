@@ -65,15 +65,16 @@ def test_blocks_with_sub_blocks_keep_the_pace_exactly(tokens: int, cached: bool)
     assert (found.positions == 3 * 32) if not cached else (found.positions < 3 * 32)
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("family", ["fast_dllm_v2", "sdar", "sdar16"])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_the_pace_is_the_same_where_steps_are_planned_ahead(family: str, tokens: int) -> None:
+def test_the_pace_is_the_same_where_steps_are_planned_ahead(family: str, tokens: int, cached: bool) -> None:
     core = engine(family, max_running=8, max_model_len=1024)
     replaying(core)
     core.overlapping = True
     core.scheduler.row_share = core.runner.row_share = 0.003  # as on a GPU
     pace = Pace(core)
-    at = paced(core, "blocks", {"strategy": "static"}, tokens)
+    at = paced(core, "blocks", {"strategy": "static", "sub_block_cache": cached}, tokens)
     with claimed_contexts(core):
         found = measure_steady(core, first_of(pace, at), 3, 64, cycle=at.cycle, seconds=9.0, most=64)
     assert found.replays == 1
@@ -199,12 +200,16 @@ def test_clients_ask_again_as_soon_as_they_are_answered() -> None:
     assert found.tokens_per_second == pytest.approx(56 / found.seconds)
 
 
-@pytest.mark.parametrize(("share", "waits"), [(0.0, False), (0.05, True)])
-def test_a_step_waits_where_room_for_what_may_come_costs_more(share: float, waits: bool) -> None:
-    """Whether a step ends its block is even odds here: rows have room for a commit and the next block, or know."""
+@pytest.mark.parametrize(("forward_ms", "waits"), [(1.0, False), (8.0, True)])
+def test_a_step_waits_where_room_for_what_may_come_costs_more(forward_ms: float, waits: bool) -> None:
+    """Whether a step ends its block is even odds here: rows have room for a commit and the next block, or know.
+
+    48 positions more are a quarter of a forward, and a host takes half a millisecond for six rows.
+    """
     core = engine("sdar16", max_running=8, max_model_len=1024)
     core.overlapping = True
-    core.scheduler.row_share = core.runner.row_share = share
+    core.scheduler.row_share = core.runner.row_share = 0.005
+    core.scheduler.forward_ms = forward_ms
     pace = Pace(core)
     at = paced(core, "blocks", {"strategy": "static"}, 8)
     under_way = []
@@ -227,7 +232,7 @@ def test_room_for_drafts_is_kept_where_masks_are_under_way_only(tmp_path: Path) 
         core = EngineCore(load_model(EngineConfig(model=str(converted_folder(tmp_path / str(share))), device="cpu")))
         core.overlapping = True
         core.scheduler.row_share = core.runner.row_share = share
-        core.scheduler.host_share = 1e9
+        core.scheduler.forward_ms = 1e-9
         decoding = resolve(core.info, {"strategy": "verify"})
         with claimed_contexts(core):
             found = measure_steady(core, decoding, 4, 32, cycle=8, seconds=0.0)

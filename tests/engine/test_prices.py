@@ -8,7 +8,7 @@ import pytest
 from converted import converted_folder
 from test_verify import core_of, prompt_of, request, run
 
-from linocut.engine.prices import marginal_cost, worthwhile_masks
+from linocut.engine.prices import marginal_cost, waiting_ms, worthwhile_masks
 
 
 def test_a_row_costs_more_the_more_sequences_pay_for_it() -> None:
@@ -18,6 +18,11 @@ def test_a_row_costs_more_the_more_sequences_pay_for_it() -> None:
     assert all(0 < cost < 1 for cost in costs), "a position writes a token at most"
     assert 0.09 < marginal_cost(1, 0.08) < 0.1, "two tokens in eight positions"
     assert 0.5 < marginal_cost(256, 0.005) < 0.6, "one token in one position: eight would not pay themselves"
+
+
+def test_waiting_for_the_host_takes_longer_with_more_rows() -> None:
+    for rows, measured in ((8, 0.518), (64, 2.227), (256, 7.701)):
+        assert waiting_ms(rows) == pytest.approx(measured, rel=0.1)
 
 
 def test_masks_are_as_many_as_pay() -> None:
