@@ -70,7 +70,7 @@ def stream(server: Server, prompt: list[int], begun: Callable[[], object]) -> tu
     """Token ids of a long answer, and the code of the error that ended it. begun: called at the first event."""
     body = {"prompt": prompt, "max_tokens": LONG, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     tokens: list[int] = []
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=90) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=200) as answer:
         assert answer.status_code == 200
         lines = [line.removeprefix("data: ") for line in _first(answer.iter_lines(), begun) if line]
     assert lines.pop() == "[DONE]"

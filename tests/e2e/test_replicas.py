@@ -38,7 +38,7 @@ def engines(server: Server) -> list[psutil.Process]:
 
 def ask(server: Server, prompt: list[int], tokens: int = 16) -> httpx.Response:
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=200)
 
 
 def tokens_of(answer: httpx.Response) -> list[int]:
