@@ -23,6 +23,10 @@ from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
 from .prices import waiting_ms
 from .sequence import Sequence, Status
 
+# How many times as long as the wait for the host something must take to be worth it: hosts differ, and a device that
+# has nothing to do is lost for certain.
+_SURE = 2.0
+
 
 class Scheduler:
     """Owns the sequences, and says what of `Holdings` they get.
@@ -94,8 +98,8 @@ class Scheduler:
     def schedule_ahead(self) -> StepPlan | None:
         """Plan the forward behind the one that is under way; None where it has to wait for that one's reports.
 
-        It waits where positions that rows may turn out not to need would take longer than that takes. Nobody is
-        preempted for it: what the device has of a row is not known here by now.
+        It waits where positions that rows may turn out not to need would take far longer than that. Nobody is preempted
+        for it: what the device has of a row is not known here by now.
         """
         if self._short:
             return None
@@ -110,7 +114,7 @@ class Scheduler:
             if coming is not None:
                 comings[sequence] = coming
                 spare += coming.spare
-        if spare * share * self.forward_ms > waiting_ms(rows):
+        if spare * share * self.forward_ms > _SURE * waiting_ms(rows):
             return None
         if not comings and not self.waiting:
             return None
