@@ -70,6 +70,11 @@ def test_all_ranks_get_the_norm_of_the_sum(ranks: int, kinds: list[tuple[torch.d
             process.join(10)
             process.kill()
     assert all(found[rank] == found[0] for rank in range(ranks)), "ranks have other bits"
+    last = [(FIRST + turn + 2**31) % 2**32 - 2**31 for turn in (TURNS - 1, TURNS)]
+    for rank, memory in enumerate(memories):
+        for other in set(range(ranks)) - {rank}:
+            turns = (memory[:, other, 0, 0] >> 32).tolist()
+            assert sorted(turns) == last, "a turn is not where the one before may still be read"
     for turn in range(TURNS):
         dtype, size = kinds[turn % len(kinds)]
         parts, residual, weight = _case(turn, ranks, dtype, size)
