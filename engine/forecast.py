@@ -152,10 +152,11 @@ def _behind_frontier(sequence: Sequence, row: RowPlan, cost: float) -> Coming | 
 def _behind_window(sequence: Sequence, cost: float) -> Coming:
     """The window once more, behind the prefix tokens that the step under way decides: all of it, or as many as ever."""
     feed = room = sequence.geometry.feed
+    pace = _pace(sequence)
     if feed * cost > 2 * _ROOM:
-        room = min(feed, 2 + int(2 * _pace(sequence)))
+        room = min(feed, 2 + int(2 * pace))
     coming = _behind(sequence, feed + room, feed, sequence.start + 2 * feed)
-    coming.spare = max(room - _pace(sequence), 0.0)
+    coming.spare = max(room - pace, 0.0)
     return coming
 
 
@@ -171,9 +172,9 @@ def _behind_block(sequence: Sequence, cost: float) -> Coming | None:
         return None
     width, spare = block, 0.0
     if not geometry.seeds and chance > 0:
-        lost = 2 * chance / cost if cost > 0 else math.inf
-        spare = min((1 - chance) * block, lost)
-        width = block if spare == lost else 2 * block
+        # In positions, on average: what is kept free for nothing, and what a forward is worth that has no room.
+        kept, lost = (1 - chance) * block, 2 * chance / cost if cost > 0 else math.inf
+        width, spare = (2 * block, kept) if kept <= lost else (block, lost)
     if sequence.caches_blocks:
         spare += block  # a part of it or all of it
     coming = _behind(sequence, width, geometry.asks, sequence.start + 2 * block)

@@ -30,8 +30,9 @@ def make_ready(core: EngineCore, strategies: tuple[str, ...] = ()) -> None:
     if core.runner.graphs is None:
         return
     warm_up(core)
-    for name in strategies:
-        warm_up(core, resolve(core.info, {"strategy": name}))
+    for name in dict.fromkeys(strategies):
+        if name != core.info.default_strategy:
+            warm_up(core, resolve(core.info, {"strategy": name}))
 
 
 def warm_up(core: EngineCore, decoding: DecodingParams | None = None, clients: tuple[int, ...] = CLIENTS) -> None:

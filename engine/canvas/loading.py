@@ -58,6 +58,8 @@ def load_canvas(config: EngineConfig) -> LoadedCanvas:
     try:
         offer = offered(traits)
         defaults = resolve(offer, {"strategy": config.strategy, **config.strategy_parameters})
+        for name in config.warm_up:
+            resolve(offer, {"strategy": name})
     except ParameterError as error:
         raise ConfigError(f"{error.param.removeprefix('diffusion.')}: {error}") from None
     on_gpu = device.type == "cuda"
