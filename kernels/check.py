@@ -42,30 +42,29 @@ def self_test(device: str) -> list[Outcome]:
 
 
 def run_checks(device: str, quick: bool) -> list[Outcome]:
-    """Run everything, print failures as they come and a line per family at the end."""
+    """Run everything; print failures as they come, and a line for each kind of check when its family is done."""
     outcomes: list[Outcome] = []
     families: list[Callable[[], Iterator[Outcome]]] = [
-        lambda: attention_checks(device, quick),
-        lambda: small_checks(device, quick),
-        lambda: expert_checks(device, quick),
-        lambda: routing_checks(device),
         lambda: product_checks(device, quick),
+        lambda: small_checks(device, quick),
+        lambda: routing_checks(device),
+        lambda: expert_checks(device, quick),
         lambda: statistics_checks(device, quick),
+        lambda: attention_checks(device, quick),
     ]
     if device.startswith("cuda"):
         families += [lambda: capture_checks(device), lambda: flash_checks(device)]
     for family in families:
+        worst: dict[str, tuple[int, float]] = {}
         for outcome in family():
             outcomes.append(outcome)
             if not outcome.passed:
                 print(f"FAILED  {outcome.name}: {outcome.error:.3g} > {outcome.limit:.3g}", flush=True)
-    worst: dict[str, tuple[int, float]] = {}
-    for outcome in outcomes:
-        key = outcome.name.split(",")[0]
-        count, error = worst.get(key, (0, 0.0))
-        worst[key] = (count + 1, max(error, outcome.error))
-    for key, (count, error) in worst.items():
-        print(f"{key:<28}{count:>4} checks, largest difference {error:.2g}")
+            key = outcome.name.split(",")[0]
+            count, error = worst.get(key, (0, 0.0))
+            worst[key] = (count + 1, max(error, outcome.error))
+        for key, (count, error) in worst.items():
+            print(f"{key:<28}{count:>4} checks, largest difference {error:.2g}", flush=True)
     print(f"{sum(outcome.passed for outcome in outcomes)} of {len(outcomes)} checks passed", flush=True)
     return outcomes
 

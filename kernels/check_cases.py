@@ -19,9 +19,9 @@ from .filters import filter_cutoff
 from .low_rank import gated_low_rank
 from .norm import add_rms_norm, rms_norm, silu_and_mul
 from .philox import gumbel_noise
-from .projection import project
+from .projection import LowRank, project
 from .ragged import ragged_case, sampling_case
-from .rope import rope_and_cache_write, rope_table
+from .rope import HeadNorm, rope_and_cache_write, rope_table
 from .routing import route
 from .statistics import merge_partials, partial_statistics, vocab_statistics
 from .statistics_oracle import statistics_oracle
@@ -124,13 +124,17 @@ def small_checks(device: str, quick: bool) -> Iterator[Outcome]:
         table = rope_table(4096, head_dim, 1e6, dtype, device)
         positions = torch.randint(0, 4096, (tokens,), device=device)
         slots = torch.randperm(16 * 32, device=device)[:tokens].int()
-        caches = torch.zeros(2, 2, 32, 16, kv_heads, head_dim, dtype=dtype, device=device)
-        found, expected = (
-            rope_and_cache_write(q, k, v, table, positions, slots, *cache.unbind(), backend=backend)
-            for cache, backend in zip(caches, BACKENDS, strict=True)
-        )
-        yield Outcome(f"rope, queries, {dtype}", difference(found, expected), 2 * exact)
-        yield Outcome(f"rope, caches, {dtype}", difference(caches[0], caches[1]), 2 * exact)
+        of_queries, of_keys = torch.randn(2, head_dim, device=device).to(dtype).unbind()
+        norm = HeadNorm(of_queries, of_keys, 1e-6, False)
+        # A norm's sums are in another order, which moves some numbers by a bit, and a rotation adds two of them.
+        for label, norms, limit in (("rope", None, 2 * exact), ("norm and rope", norm, 32 * near)):
+            caches = torch.zeros(2, 2, 32, 16, kv_heads, head_dim, dtype=dtype, device=device)
+            found, expected = (
+                rope_and_cache_write(q, k, v, table, positions, slots, *cache.unbind(), norm=norms, backend=backend)
+                for cache, backend in zip(caches, BACKENDS, strict=True)
+            )
+            yield Outcome(f"{label}, queries, {dtype}", difference(found, expected), limit)
+            yield Outcome(f"{label}, caches, {dtype}", difference(caches[0], caches[1]), limit)
 
 
 def expert_checks(device: str, quick: bool) -> Iterator[Outcome]:
@@ -171,6 +175,20 @@ def product_checks(device: str, quick: bool) -> Iterator[Outcome]:
             found, expected = (project(x[:rows], weight, bias, backend=backend) for backend in BACKENDS)
             label = f"few-row product, {rows} rows, {dtype}"
             yield Outcome(label, difference(found, expected), EXPERT_TOLERANCE[dtype])
+        if dtype not in HALVES:
+            continue  # products of float32 are not this kernel's
+        rank = 64 if quick else 128
+        bias[features - rank :] = 0
+        low_rank = LowRank((torch.randn(features - rank, rank, device=device) * rank**-0.5).to(dtype))
+        gated = torch.arange(32, device=device) % 3 > 0
+        # Launches one behind another: what programs tell each other is of their own.
+        for number in range(2 if quick else 20):
+            rows = 1 + 11 * number % 32
+            given: dict[str, Any] = {"low_rank": low_rank, "gated": gated[:rows], "activate": number % 2 > 0}
+            found, expected = (project(x[:rows], weight, bias, backend=backend, **given) for backend in BACKENDS)
+            label = f"product with update, {'gates, ' if number % 2 else ''}{rows} rows, {dtype}"
+            largest = float(expected.abs().max())
+            yield Outcome(label, difference(found, expected) / largest, 4 * torch.finfo(dtype).eps)
 
 
 def flash_checks(device: str) -> Iterator[Outcome]:

@@ -7,22 +7,68 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .backend import Backend
+from .low_rank import gated_low_rank
+from .norm import silu_and_mul
 
 # Rows up to which the Triton kernel measured faster than cuBLAS.
 MOST_ROWS = 32
+# Features of a tile of the Triton kernel.
+TILE = 64
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend = "torch") -> Tensor:
+class LowRank:
+    """What a product adds on gated rows: `up` times what the last rank rows of its weight make of x.
+
+    up: [features, rank], of a rank that `fits`. Owns what the programs of a launch tell each other: launches of
+    one LowRank have to be on one stream. hidden: [MOST_ROWS, rank], what they have of the way down; count: how many
+    programs wrote there, ever; turns: [programs] how many launches each has seen; both int32, and may wrap.
+    """
+
+    def __init__(self, up: Tensor) -> None:
+        features, rank = up.shape
+        if not LowRank.fits(rank):
+            raise ValueError(f"the rank has to be a power of two from {TILE}, not {rank}")
+        self.up = up.contiguous()
+        self.hidden = up.new_zeros(MOST_ROWS, rank)
+        self.count = torch.zeros(1, dtype=torch.int32, device=up.device)
+        self.turns = torch.zeros(-(-features // TILE), dtype=torch.int32, device=up.device)
+
+    @staticmethod
+    def fits(rank: int) -> bool:
+        return rank >= TILE and rank & (rank - 1) == 0
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    low_rank: LowRank | None = None,
+    gated: Tensor | None = None,
+    activate: bool = False,
+    backend: Backend = "torch",
+) -> Tensor:
     """x @ weight.T + bias: [rows, inner] -> [rows, features] in x's dtype, sums in float32.
 
-    x: rows of any stride; weight: [features, inner], contiguous; bias: [features] or None. The Triton kernel takes up
-    to 128 rows and an inner size that is a multiple of 128, and adds up along it in one order.
+    x: rows of any stride; weight: [features, inner], contiguous; bias: [features] or None. With `low_rank`, weight and
+    bias have its rank more rows, what these make of x is rounded, and its update is added on the rows that `gated`
+    ([rows] bool) names. With `activate` features are gates, then as many values, and silu(gate) * value is returned:
+    [rows, features / 2]. The Triton kernel takes up to 128 rows, with an update up to MOST_ROWS, and an inner size that
+    is a multiple of 128, and adds up along it in one order.
     """
     if backend == "triton":
         from .projection_triton import triton_projection
 
-        return triton_projection(x, weight, bias)
-    return linear(x, weight, bias)
+        return triton_projection(x, weight, bias, low_rank, gated, activate)
+    y = linear(x, weight, bias)
+    if low_rank is not None:
+        assert gated is not None
+        y = gated_low_rank(y, low_rank.up, gated)
+    return silu_and_mul(y) if activate else y
 
 
 def is_faster(rows: int, weight: Tensor, processors: int) -> bool:
@@ -31,10 +77,22 @@ def is_faster(rows: int, weight: Tensor, processors: int) -> bool:
     At 32 rows it reads a matrix of many tiles at 88 to 98 % of what the memory gives, cuBLAS at 82 to 94 %. Of products
     that are few tiles it is faster at those that are alone on their processors for long enough.
     """
+    longest = 4096 if rows > 16 else 9472
+    return _takes(rows, weight, processors, longest)
+
+
+def is_faster_with_update(rows: int, weight: Tensor, processors: int) -> bool:
+    """The same of a product with a gated low-rank update, beside cuBLAS and a kernel for the update.
+
+    weight: [features + rank, inner]. A long product is as fast by either; a kernel less decides.
+    """
+    return _takes(rows, weight, processors, weight.shape[1])
+
+
+def _takes(rows: int, weight: Tensor, processors: int, longest: int) -> bool:
     features, inner = weight.shape
     if not 0 < rows <= MOST_ROWS or inner % 128 or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
-    tiles = features // 64
-    longest = 4096 if rows > 16 else 9472
+    tiles = features // TILE
     alone = 32 <= tiles <= 3 * processors // 5 and 3072 <= inner <= longest and inner % 256 == 0
     return tiles >= 2 * processors or alone

@@ -7,13 +7,25 @@ wherever their slots lie. Convention: Llama's rotate-half (Su et al. 2021, in th
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backend import Backend
+from .norm import rms_norm
 from .rope_native import native_rope_and_cache_write, rope_is_native
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """An RMSNorm of each head's query and key (Qwen3), by weights [head_dim]; eps, fused: as of `rms_norm`."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+    fused: bool
 
 
 def rope_table(
@@ -104,9 +116,10 @@ def rope_and_cache_write(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
+    norm: HeadNorm | None = None,
     backend: Backend = "torch",
 ) -> Tensor:
-    """Rotate q and k, write k and v into the cache, return the rotated q.
+    """Normalise and rotate q and k, write k and v into the cache, return the rotated q.
 
     q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]; all three may be strided views of one fused
     projection. table: [positions, rotary_dim] from `rope_table`. positions, slots: [tokens] int32 or int64; slot = page
@@ -119,7 +132,10 @@ def rope_and_cache_write(
     if backend == "triton":
         from .rope_triton import triton_rope_and_cache_write
 
-        return triton_rope_and_cache_write(q, k, v, table, positions, slots, k_cache, v_cache)
+        return triton_rope_and_cache_write(q, k, v, table, positions, slots, k_cache, v_cache, norm)
+    if norm is not None:
+        q = rms_norm(q, norm.query, norm.eps, norm.fused, backend=backend)
+        k = rms_norm(k, norm.key, norm.eps, norm.fused, backend=backend)
     if backend == "native" and rope_is_native(q, k, v, table, positions, slots, k_cache, v_cache):
         return native_rope_and_cache_write(q, k, v, table, positions, slots, k_cache, v_cache)
     half = table.shape[1] // 2

@@ -15,7 +15,10 @@ from torch import Tensor
 from linocut.kernels.backend import Backend
 from linocut.kernels.layers_native import Projection
 from linocut.kernels.low_rank import gated_low_rank
+from linocut.kernels.norm import silu_and_mul
+from linocut.kernels.projection import LowRank
 
+from .few_rows import FewRowsLinear
 from .linear import DenseLinear, NativeInt8Linear, NativeLinear, pack_linear
 
 FILE = "adapter.safetensors"
@@ -62,11 +65,14 @@ class Adapter:
     """base(x) + up(down(x)) on the gate's rows. down: [rank, in], up: [out, rank] with the scale folded in."""
 
     def __init__(self, base: Linear, down: Tensor, up: Tensor, backend: Backend) -> None:
-        self.base, self._both = base, None
+        self.base, self._both, self._low_rank = base, None, None
+        self._backend = backend
         if backend == "triton" and isinstance(base, DenseLinear):
             # One product for both, as few rows are bound by the number of kernels; the base is a part of it.
             self._both, self._raised = DenseLinear.stacked(base, down), up
             self.base = self._both.first(up.shape[0])
+            if isinstance(self._both, FewRowsLinear) and LowRank.fits(up.shape[1]):
+                self._low_rank = LowRank(up)
             return
         # In integers where one call does all. torch's int8 gains nothing on matrices this small, and loses to the
         # operations around the product.
@@ -79,7 +85,8 @@ class Adapter:
         if gate is None or gate.closed:
             return self.base(x)
         if self._both is not None:
-            return gated_low_rank(self._both(x), self._raised, gate.flags, backend="triton")
+            found = self._in_one_kernel(x, gate)
+            return gated_low_rank(self._both(x), self._raised, gate.flags, backend="triton") if found is None else found
         if isinstance(self.base, NativeInt8Linear) and isinstance(self._down, NativeInt8Linear):
             assert isinstance(self._up, NativeInt8Linear)
             return self.base.weight.multiply(x, (self._down.weight, self._up.weight), gate.indices)
@@ -94,6 +101,19 @@ class Adapter:
             return y
         return y.index_add_(0, gate.rows, self._up(self._down(x[gate.rows])))
 
+    def activated(self, x: Tensor, gate: Gate | None) -> Tensor:
+        """`silu_and_mul` of it: [tokens, in] -> [tokens, out / 2]."""
+        if gate is None or gate.closed:
+            return activated(self.base, x, self._backend)
+        found = self._in_one_kernel(x, gate, activate=True)
+        return silu_and_mul(self(x, gate), backend=self._backend) if found is None else found
+
+    def _in_one_kernel(self, x: Tensor, gate: Gate, activate: bool = False) -> Tensor | None:
+        """The whole of it, where there is a kernel for as many rows."""
+        if self._low_rank is None or not isinstance(self._both, FewRowsLinear) or not self._both.takes_update(x):
+            return None
+        return self._both.updated(x, self._low_rank, gate.flags, activate)
+
     def native(self) -> Projection | None:
         """Base, down and up, where all of them are for the kernels in C, and of one kind."""
         parts = self.base, self._down, self._up
@@ -102,6 +122,11 @@ class Adapter:
                 base, down, up = (part.weight for part in parts if isinstance(part, NativeInt8Linear | NativeLinear))
                 return base, down, up
         return None
+
+
+def activated(linear: Linear, x: Tensor, backend: Backend) -> Tensor:
+    """`silu_and_mul` of a linear layer's result: [rows, in] -> [rows, out / 2]."""
+    return linear.activated(x) if isinstance(linear, FewRowsLinear) else silu_and_mul(linear(x), backend=backend)
 
 
 def read_adapter(

@@ -13,14 +13,14 @@ from torch import Tensor
 from linocut.kernels.attention import AttentionLayout, staircase_attention
 from linocut.kernels.attention_flash import FlashAttention
 from linocut.kernels.backend import Backend
-from linocut.kernels.norm import rms_norm, silu_and_mul
-from linocut.kernels.rope import rope_and_cache_write, rope_table
+from linocut.kernels.norm import rms_norm
+from linocut.kernels.rope import HeadNorm, rope_and_cache_write, rope_table
 
 from ..errors import ModelError
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.split import SplitWeights, part_of
 from ..parallel.vocabulary import VocabShare
-from .adapter import MASK_EMBEDDING, Adapter, Gate, WeightsInParts, read_adapter
+from .adapter import MASK_EMBEDDING, Adapter, Gate, WeightsInParts, activated, read_adapter
 from .backbone import Backbone
 from .draft_head import read_draft_head
 from .few_rows import FewRowsLinear, has_few_rows_kernel
@@ -37,8 +37,7 @@ Projection = Linear | Adapter
 class Layer:
     input_norm: Tensor
     qkv: Projection
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    qk_norm: HeadNorm | None
     output: Projection
     post_norm: Tensor
     gate_up: Projection | None
@@ -144,6 +143,10 @@ class Decoder:
             base, outputs = linear(names, inputs, bias), sum(rows for _, rows in names)
             return read_adapter(parts, at, base, inputs, outputs, adapter_rank, backend) if adapter_rank else base
 
+        def head_norm(at: str) -> HeadNorm:
+            query, key = (parts.get(f"{at}self_attn.{n}_norm.weight", (b.head_dim,)) for n in ("q", "k"))
+            return HeadNorm(query, key, b.norm_eps, fused_norm)
+
         self.layers = []
         for index in range(b.layers):
             at = f"model.layers.{index}."
@@ -155,8 +158,7 @@ class Decoder:
                 Layer(
                     input_norm=parts.get(f"{at}input_layernorm.weight", (b.hidden,)),
                     qkv=projection(f"{at}self_attn.qkv_proj", qkv, b.hidden, b.qkv_bias),
-                    q_norm=parts.get(f"{at}self_attn.q_norm.weight", (b.head_dim,)) if b.qk_norm else None,
-                    k_norm=parts.get(f"{at}self_attn.k_norm.weight", (b.head_dim,)) if b.qk_norm else None,
+                    qk_norm=head_norm(at) if b.qk_norm else None,
                     output=projection(output, [(output, b.hidden)], q_size, b.o_bias),
                     post_norm=parts.get(f"{at}post_attention_layernorm.weight", (b.hidden,)),
                     gate_up=None if sparse else projection(f"{at}mlp.gate_up_proj", gate_up, b.hidden, b.mlp_bias),
@@ -201,19 +203,19 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             qkv = _project(layer.qkv, x, gate).view(-1, sum(sizes), b.head_dim)
             q, k, v = qkv.split(sizes, dim=1)  # [tokens, heads | kv_heads, head_dim], views
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q = rms_norm(q, layer.q_norm, b.norm_eps, self.fused_norm, backend=self.backend)
-                k = rms_norm(k, layer.k_norm, b.norm_eps, self.fused_norm, backend=self.backend)
-            keys, values = cache.keys[index], cache.values[index]
-            q = rope_and_cache_write(q, k, v, self.rope, positions, slots, keys, values, backend=self.backend)
+            keys, values, norm = cache.keys[index], cache.values[index], layer.qk_norm
+            q = rope_and_cache_write(
+                q, k, v, self.rope, positions, slots, keys, values, norm=norm, backend=self.backend
+            )
             if self.query_scale is not None:
                 q = q * self.query_scale.index_select(0, positions)
             attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend, flash=self.flash)
             attended = attended.reshape(attended.shape[0], -1)
             x, residual = self._add_and_norm(_project(layer.output, attended, gate), residual, layer.post_norm)
             if layer.gate_up is not None and layer.down is not None:
-                gated = silu_and_mul(_project(layer.gate_up, x, gate), backend=self.backend)
-                x = _project(layer.down, gated, gate)
+                up = layer.gate_up
+                x = up.activated(x, gate) if isinstance(up, Adapter) else activated(up, x, self.backend)
+                x = _project(layer.down, x, gate)
             elif layer.moe is not None:
                 x = layer.moe(x)
             if index + 1 < len(self.layers):

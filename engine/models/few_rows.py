@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linocut.kernels.projection import is_faster, project
+from linocut.kernels.norm import silu_and_mul
+from linocut.kernels.projection import LowRank, is_faster, is_faster_with_update, project
 
 from .linear import DenseLinear
 
@@ -26,6 +27,20 @@ class FewRowsLinear(DenseLinear):
         if is_faster(x.shape[0], self._weight, self._processors):
             return project(x, self._weight, self._bias, backend="triton")
         return super().__call__(x)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """`silu_and_mul` of it, [rows, in] -> [rows, out / 2]."""
+        if is_faster(x.shape[0], self._weight, self._processors):
+            return project(x, self._weight, self._bias, activate=True, backend="triton")
+        return silu_and_mul(self(x), backend="triton")
+
+    def takes_update(self, x: Tensor) -> bool:
+        """Whether `updated` is for so many rows."""
+        return is_faster_with_update(x.shape[0], self._weight, self._processors)
+
+    def updated(self, x: Tensor, low_rank: LowRank, gated: Tensor, activate: bool) -> Tensor:
+        """With a low-rank update, whose way down are the last rows of the weight (`project`)."""
+        return project(x, self._weight, self._bias, low_rank=low_rank, gated=gated, activate=activate, backend="triton")
 
 
 def has_few_rows_kernel(device: torch.device) -> bool:

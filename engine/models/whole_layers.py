@@ -26,8 +26,9 @@ def whole_layers(layers: list[Layer], backbone: Backbone, table: Tensor, backend
         qkv, output, gate_up, down = map(_weights, (layer.qkv, layer.output, layer.gate_up, layer.down))
         if qkv is None or output is None or gate_up is None or down is None:
             return None
-        norms = layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm
-        found.append(NativeLayer(*norms, qkv, output, gate_up, down))
+        heads = layer.qk_norm
+        of_q, of_k = (None, None) if heads is None else (heads.query, heads.key)
+        found.append(NativeLayer(layer.input_norm, layer.post_norm, of_q, of_k, qkv, output, gate_up, down))
     b = backbone
     return NativeLayers(found, heads=b.heads, kv_heads=b.kv_heads, size=b.head_dim, table=table, eps=b.norm_eps)
 

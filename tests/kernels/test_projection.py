@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from linocut.kernels.projection import is_faster, project
+from linocut.kernels.projection import MOST_ROWS, LowRank, is_faster, is_faster_with_update, project
 
 
 def case(rows, features, inner, dtype=torch.float32, bias=False):
@@ -25,6 +25,71 @@ def test_the_product_is_that_of_torch(dtype, rows, bias, features, inner):
     found = project(x, weight, added, backend="triton")
     assert found.dtype == dtype
     torch.testing.assert_close(found, project(x, weight, added), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 18])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("features", [128, 64, 200, 40])
+def test_gates_are_applied_to_values(dtype, rows, bias, features):
+    x, weight, added = case(rows, features, 256, dtype, bias)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    found = project(x, weight, added, activate=True, backend="triton")
+    expected = project(x, weight, added, activate=True)
+    assert found.shape == expected.shape == (rows, features // 2)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("activate", [False, True])
+@pytest.mark.parametrize(("features", "rank", "bias"), [(128, 64, False), (200, 128, True), (40, 64, True)])
+def test_an_update_comes_in_the_same_launch(dtype, activate, features, rank, bias):
+    _, weight, added = case(1, features + rank, 256, dtype, bias)
+    if added is not None:
+        added[features:] = 0
+    low_rank = LowRank((torch.randn(features, rank) / rank**0.5).to(dtype))
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    # One launch after another, of other sizes: what programs tell each other is of the present one.
+    for rows in (1, 20, MOST_ROWS, 3, 20):
+        x, gated = torch.randn(rows, 256).to(dtype), torch.rand(rows) < 0.6
+        given = {"low_rank": low_rank, "gated": gated, "activate": activate}
+        found = project(x, weight, added, backend="triton", **given)
+        expected = project(x, weight, added, **given)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        plain = project(x, weight[:features], added if added is None else added[:features], activate=activate)
+        assert not torch.allclose(found[gated], plain[gated], atol=0.05) or not gated.any()
+        torch.testing.assert_close(found[~gated], plain[~gated], rtol=tolerance, atol=tolerance)
+
+
+def test_counts_of_launches_may_wrap():
+    low_rank = LowRank(torch.randn(64, 64))
+    x, weight = torch.randn(2, 128), torch.randn(128, 128)
+    gated = torch.tensor([True, False])
+    low_rank.turns.fill_(2**31 - 1)
+    low_rank.count.fill_(2**31 - 1)
+    for _ in range(3):
+        found = project(x, weight, low_rank=low_rank, gated=gated, backend="triton")
+        torch.testing.assert_close(found, project(x, weight, low_rank=low_rank, gated=gated), rtol=1e-4, atol=1e-4)
+    assert low_rank.turns.tolist() == low_rank.count.tolist() == [-(2**31) + 2]
+
+
+@pytest.mark.parametrize("rank", [0, 8, 96, 192])
+def test_a_rank_that_is_no_tile_is_refused(rank):
+    assert not LowRank.fits(rank)
+    with pytest.raises(ValueError, match="power of two"):
+        LowRank(torch.zeros(64, rank))
+
+
+def test_more_rows_than_an_update_has_room_for_are_refused():
+    low_rank, rows = LowRank(torch.zeros(64, 64)), MOST_ROWS + 1
+    with pytest.raises(ValueError, match=f"{MOST_ROWS} rows"):
+        project(
+            torch.zeros(rows, 128),
+            torch.zeros(128, 128),
+            low_rank=low_rank,
+            gated=torch.ones(rows, dtype=torch.bool),
+            backend="triton",
+        )
 
 
 def test_rows_may_be_strided_and_there_may_be_none():
@@ -63,3 +128,12 @@ def test_it_serves_where_it_measured_faster_and_nowhere_else():
     assert not faster(8, 3584, 1792), "half of the output"
     assert not faster(8, 49_152, 576), "an inner size that is no multiple of its step"
     assert not faster(8, 152_064, 3584, torch.float32)
+
+    def with_update(rows, features, inner):
+        weight = torch.empty(features + 128, inner, dtype=torch.bfloat16, device="meta")
+        return is_faster_with_update(rows, weight, 132)
+
+    assert with_update(25, 3584, 18_944), "down"
+    assert with_update(32, 4608, 3584)
+    assert not with_update(33, 4608, 3584)
+    assert not with_update(8, 576, 576)

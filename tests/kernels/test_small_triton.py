@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from linocut.kernels.low_rank import gated_low_rank
 from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
-from linocut.kernels.rope import rope_and_cache_write, rope_table
+from linocut.kernels.rope import HeadNorm, rope_and_cache_write, rope_table
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,7 +63,8 @@ def test_silu_and_mul(dtype):
 @pytest.mark.parametrize(("heads", "kv_heads", "rotary_dim"), [(9, 3, 16), (12, 1, 8), (4, 4, 12)])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("precise", [False, True])
-def test_rope_and_cache_write(dtype, heads, kv_heads, rotary_dim, index, precise):
+@pytest.mark.parametrize("normed", [None, False, True])
+def test_rope_and_cache_write(dtype, heads, kv_heads, rotary_dim, index, precise, normed):
     tokens, head_dim = 7, 16
     fused = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
     q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
@@ -71,8 +72,10 @@ def test_rope_and_cache_write(dtype, heads, kv_heads, rotary_dim, index, precise
     positions, slots = torch.randint(0, 64, (tokens,)).to(index), torch.randperm(40)[:tokens].to(index)
     expected_caches = torch.zeros(2, 5, 8, kv_heads, head_dim, dtype=dtype)
     caches = expected_caches.clone()
-    expected = rope_and_cache_write(q, k, v, table, positions, slots, *expected_caches)
-    found = rope_and_cache_write(q, k, v, table, positions, slots, *caches, backend="triton")
+    weights = torch.randn(2, head_dim).to(dtype)
+    norm = None if normed is None else HeadNorm(*weights.unbind(), 1e-5, normed)
+    expected = rope_and_cache_write(q, k, v, table, positions, slots, *expected_caches, norm=norm)
+    found = rope_and_cache_write(q, k, v, table, positions, slots, *caches, norm=norm, backend="triton")
     close(found, expected)
     close(caches, expected_caches)
 
