@@ -71,6 +71,13 @@ def project(
     return silu_and_mul(y) if activate else y
 
 
+def reserve(device: torch.device) -> None:
+    """Allocate what the Triton kernel needs on `device`, which must not first happen while a graph is captured."""
+    from .projection_triton import scratch
+
+    scratch(device)
+
+
 def is_faster(rows: int, weight: Tensor, processors: int) -> bool:
     """Whether the Triton kernel measured faster than cuBLAS on an H200, or as fast (docs/kernels.md); from sizes alone.
 

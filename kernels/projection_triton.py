@@ -1,15 +1,18 @@
-"""A product of few rows as one Triton kernel: a program per 64 features.
+"""A product of few rows as one Triton kernel: a program per 64 features, or several that share the inner size.
 
 The product is computed transposed, [features, inner] x [inner, tokens], so that the weights are the operand whose size
-fills the matrix unit and few tokens waste nothing of it. A program sums its features alone: tiles that several programs
-share ("stream-K", Osama et al. 2023) lost more in the joining than they won by an even share.
+fills the matrix unit and few tokens waste nothing of it. Of the programs that share a tile the last one to come adds up
+what all have, in their order. An even share of all tiles ("stream-K", Osama et al. 2023) lost more in the joining than it
+won: only long products of few tiles, which leave processors without work, are shared.
 
-A low-rank update comes in the same launch: the first programs make the way down, and the others, which took as long for
-their own features, wait for it before they store.
+A low-rank update comes in the same launch: the first programs make the way down, in less time than the others take for
+their own features; these wait for it before they store.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -19,20 +22,35 @@ from torch import Tensor
 from .overlap_triton import follow, overlap
 from .projection import MOST_ROWS, TILE, LowRank
 
+# Programs that share a tile of the way down.
+_DOWN_PARTS = 4
+# Inner size from which a tile of the features is shared, where processors are left for it.
+_LONG = 8192
+# A processor each, and some for ways down.
+_MOST_SHARING = 512
+
 
 @triton.jit(do_not_specialize=["tokens"])
 def _projection_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, up_ptr, gated_ptr, hidden_ptr, count_ptr, turn_ptr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr, up_ptr, gated_ptr, hidden_ptr, count_ptr, turn_ptr,
     tokens, features, inner, x_row,
-    BIAS: tl.constexpr, ACTIVATE: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr, WIDE: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATE: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, DOWN_PARTS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (RANK / BLOCK_N + tiles of features). x: [tokens, inner]; weight: [features + RANK, inner]; out: [tokens,
-    features], or half of them: then half of a tile are gates, half of it the values that these are for."""
+    """Grid (RANK / BLOCK_N * DOWN_PARTS + tiles of features * PARTS). x: [tokens, inner]; weight: [features + RANK,
+    inner]; out: [tokens, features], or half of them: then half of a tile are gates, half of it the values that these
+    are for. part: [programs, BLOCK_N, TOKENS] float32; arrived: [tiles] zeros, and is left so."""
     follow(OVERLAP)
     DOWN: tl.constexpr = RANK // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
-    tile = tl.program_id(0) - DOWN
+    program = tl.program_id(0)
+    tile, part, parts = program // PARTS, program % PARTS, PARTS
+    if RANK > 0:
+        behind = program - DOWN * DOWN_PARTS
+        down = behind < 0
+        tile = tl.where(down, program // DOWN_PARTS - DOWN, behind // PARTS)
+        part = tl.where(down, program % DOWN_PARTS, behind % PARTS)
+        parts = tl.where(down, DOWN_PARTS, PARTS)
     lane = tl.arange(0, BLOCK_N)
     if ACTIVATE:
         first = tile * HALF + lane % HALF
@@ -41,7 +59,7 @@ def _projection_kernel(
     else:
         feature = tile * BLOCK_N + lane
         inside = feature < features
-    feature = tl.where(tile < 0, features + tl.program_id(0) * BLOCK_N + lane, feature)
+    feature = tl.where(tile < 0, features + (tile + DOWN) * BLOCK_N + lane, feature)
     token = tl.arange(0, TOKENS)
     column = tl.arange(0, BLOCK_K)
     x_at = x_ptr + token[:, None].to(tl.int64) * x_row + column[None, :]
@@ -49,50 +67,70 @@ def _projection_kernel(
     # Features past the end read the last one: their products are never stored.
     last = features + RANK - 1
     at = weight_ptr + tl.minimum(feature, last)[:, None].to(tl.int64) * inner + column[None, :]
+    begin, end = 0, inner
+    if PARTS > 1 or RANK > 0:
+        each = tl.cdiv(tl.cdiv(inner, BLOCK_K), parts) * BLOCK_K
+        begin = part * each
+        end = tl.minimum(begin + each, inner)
     acc = tl.zeros([BLOCK_N, TOKENS], tl.float32)
-    for step in range(0, inner, BLOCK_K):
+    for step in range(begin, end, BLOCK_K):
         x = tl.load(x_at + step, live, other=0.0)
         weight = tl.load(at + step)
         if WIDE:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
-    if BIAS:
-        acc += tl.load(bias_ptr + tl.minimum(feature, last)).to(tl.float32)[:, None]
-    dtype = out_ptr.dtype.element_ty
-    if RANK > 0:
-        rank = tl.arange(0, RANK)
-        if tile < 0:
-            place = hidden_ptr + token[None, :] * RANK + (feature - features)[:, None]
-            tl.store(place, acc.to(dtype), (token < tokens)[None, :])
+    finishes = program >= 0  # everyone, of tiles that are not shared
+    if PARTS > 1 or RANK > 0:
+        if parts > 1:
+            cell = part_ptr + lane[:, None] * TOKENS + token[None, :]
+            tl.store(cell + program.to(tl.int64) * (BLOCK_N * TOKENS), acc)
             tl.debug_barrier()  # all threads have stored when one of them says so
-            tl.atomic_add(count_ptr, 1, sem="release", scope="gpu")
-        else:
-            up_at = up_ptr + tl.minimum(feature, features - 1)[:, None].to(tl.int64) * RANK + rank[None, :]
-            up = tl.load(up_at)
-            gated = tl.load(gated_ptr + token, token < tokens, other=0) != 0
-            # Of this launch: everyone knows how many there were, so that nothing has to be set back.
-            turn = tl.load(turn_ptr + tile) + 1
-            while tl.atomic_add(count_ptr, 0, sem="acquire", scope="gpu") != turn * DOWN:
-                pass
-            tl.store(turn_ptr + tile, turn)
-            # Not through a cache that may hold what was there before.
-            hidden_at = hidden_ptr + token[:, None] * RANK + rank[None, :]
-            hidden = tl.load(hidden_at, gated[:, None], other=0.0, cache_modifier=".cg")
-            if WIDE:
-                hidden, up = hidden.to(tl.float32), up.to(tl.float32)
-            acc = tl.dot(up, tl.trans(hidden), acc, input_precision="ieee")
-    if tile >= 0:
-        if ACTIVATE:
-            gate, value = tl.split(tl.permute(tl.reshape(acc, [2, HALF, TOKENS]), [1, 2, 0]))
-            # Rounded as where these are tensors.
-            gate, value = gate.to(dtype).to(tl.float32), value.to(dtype).to(tl.float32)
-            y = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * value
-            pair = tile * HALF + tl.arange(0, HALF)
-            place = out_ptr + token[None, :].to(tl.int64) * (features // 2) + pair[:, None]
-            tl.store(place, y.to(dtype), (pair < features // 2)[:, None] & (token < tokens)[None, :])
-        else:
-            place = out_ptr + token[None, :].to(tl.int64) * features + feature[:, None]
-            tl.store(place, acc.to(dtype), inside[:, None] & (token < tokens)[None, :])
+            arrived = arrived_ptr + DOWN + tile
+            finishes = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == parts - 1
+            if finishes:
+                tl.store(arrived, 0)
+                acc = tl.zeros([BLOCK_N, TOKENS], tl.float32)
+                for other in tl.static_range(PARTS if RANK == 0 else max(PARTS, DOWN_PARTS)):
+                    # Not through a cache that may hold what was there before.
+                    theirs = cell + (program - part + other).to(tl.int64) * (BLOCK_N * TOKENS)
+                    acc += tl.load(theirs, other < parts, other=0.0, cache_modifier=".cg")
+    if finishes:
+        if BIAS:
+            acc += tl.load(bias_ptr + tl.minimum(feature, last)).to(tl.float32)[:, None]
+        dtype = out_ptr.dtype.element_ty
+        if RANK > 0:
+            rank = tl.arange(0, RANK)
+            if tile < 0:
+                place = hidden_ptr + token[None, :] * RANK + (feature - features)[:, None]
+                tl.store(place, acc.to(dtype), (token < tokens)[None, :])
+                tl.debug_barrier()
+                tl.atomic_add(count_ptr, 1, sem="release", scope="gpu")
+            else:
+                up_at = up_ptr + tl.minimum(feature, features - 1)[:, None].to(tl.int64) * RANK + rank[None, :]
+                up = tl.load(up_at)
+                gated = tl.load(gated_ptr + token, token < tokens, other=0) != 0
+                # Of this launch: everyone knows how many there were, so that nothing has to be set back.
+                turn = tl.load(turn_ptr + tile) + 1
+                while tl.atomic_add(count_ptr, 0, sem="acquire", scope="gpu") != turn * DOWN:
+                    pass
+                tl.store(turn_ptr + tile, turn)
+                hidden_at = hidden_ptr + token[:, None] * RANK + rank[None, :]
+                hidden = tl.load(hidden_at, gated[:, None], other=0.0, cache_modifier=".cg")
+                if WIDE:
+                    hidden, up = hidden.to(tl.float32), up.to(tl.float32)
+                acc = tl.dot(up, tl.trans(hidden), acc, input_precision="ieee")
+        if tile >= 0:
+            if ACTIVATE:
+                gate, value = tl.split(tl.permute(tl.reshape(acc, [2, HALF, TOKENS]), [1, 2, 0]))
+                # Rounded as where these are tensors.
+                gate, value = gate.to(dtype).to(tl.float32), value.to(dtype).to(tl.float32)
+                y = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * value
+                pair = tile * HALF + tl.arange(0, HALF)
+                place = out_ptr + token[None, :].to(tl.int64) * (features // 2) + pair[:, None]
+                tl.store(place, y.to(dtype), (pair < features // 2)[:, None] & (token < tokens)[None, :])
+            else:
+                place = out_ptr + token[None, :].to(tl.int64) * features + feature[:, None]
+                tl.store(place, acc.to(dtype), inside[:, None] & (token < tokens)[None, :])
 
 
 def triton_projection(
@@ -110,20 +148,38 @@ def triton_projection(
     if tokens == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    programs = rank // TILE + triton.cdiv(out.shape[1], TILE // 2 if activate else TILE)
+    tiles, down = triton.cdiv(out.shape[1], TILE // 2 if activate else TILE), rank // TILE * _DOWN_PARTS
     # Many programs share a processor, which hides their starts; one that is alone has to have more in flight, for
     # which float32 leaves no room.
-    shared = programs > 256 or inner % 256 or x.element_size() > 2
-    block_k, num_stages = (128, 3) if shared else (256, 4)
+    alone = tiles <= 256 and inner % 256 == 0 and x.element_size() == 2
+    block_k, num_stages = (256, 4) if alone else (128, 3)
+    parts, partial, arrived = 1, x, x
+    if alone and inner >= _LONG and tokens <= MOST_ROWS and 2 * tiles + down <= _processors(x.device):
+        parts = 2
+    if parts > 1 or down:
+        partial, arrived = scratch(x.device)
     update = (x,) * 5
     if low_rank is not None:
         assert gated is not None
         update = low_rank.up, gated.view(torch.uint8), low_rank.hidden, low_rank.count, low_rank.turns
-    _projection_kernel[(programs,)](
-        x, weight, x if bias is None else bias, out, *update, tokens, features, inner, x.stride(0),
-        BIAS=bias is not None, ACTIVATE=activate, RANK=rank, TOKENS=max(16, triton.next_power_of_2(tokens)),
-        BLOCK_N=TILE, BLOCK_K=block_k,
+    _projection_kernel[(down + tiles * parts,)](
+        x, weight, x if bias is None else bias, out, partial, arrived, *update, tokens, features, inner, x.stride(0),
+        BIAS=bias is not None, ACTIVATE=activate, RANK=rank, PARTS=parts, DOWN_PARTS=_DOWN_PARTS,
+        TOKENS=max(16, triton.next_power_of_2(tokens)), BLOCK_N=TILE, BLOCK_K=block_k,
         WIDE=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
         num_warps=4, num_stages=num_stages, **overlap(x.device, tokens),
     )  # fmt: skip
     return out
+
+
+@lru_cache(maxsize=16)
+def scratch(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What programs that share a tile leave for each other, and how many came; launches have to be on one stream."""
+    partial = torch.empty(_MOST_SHARING * TILE * MOST_ROWS, dtype=torch.float32, device=device)
+    return partial, torch.zeros(_MOST_SHARING, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """An H200's in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

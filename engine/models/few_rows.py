@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from linocut.kernels.norm import silu_and_mul
-from linocut.kernels.projection import LowRank, is_faster, is_faster_with_update, project
+from linocut.kernels.projection import LowRank, is_faster, is_faster_with_update, project, reserve
 
 from .linear import DenseLinear
 
@@ -17,6 +17,7 @@ class FewRowsLinear(DenseLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
         self._processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
+        reserve(weight.device)
 
     @classmethod
     def over(cls, dense: DenseLinear) -> FewRowsLinear:

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from linocut.kernels.projection import MOST_ROWS, LowRank, is_faster, is_faster_with_update, project
+from linocut.kernels.projection_triton import scratch
 
 
 def case(rows, features, inner, dtype=torch.float32, bias=False):
@@ -59,6 +60,21 @@ def test_an_update_comes_in_the_same_launch(dtype, activate, features, rank, bia
         plain = project(x, weight[:features], added if added is None else added[:features], activate=activate)
         assert not torch.allclose(found[gated], plain[gated], atol=0.05) or not gated.any()
         torch.testing.assert_close(found[~gated], plain[~gated], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rank", [0, 64])
+@pytest.mark.parametrize("features", [320, 200])
+def test_programs_share_the_tiles_of_a_long_product(rank, features):
+    inner = 8192 + 256  # an odd number of steps
+    low_rank, gated = LowRank(torch.randn(features, rank).half() / 8) if rank else None, torch.arange(9) % 2 > 0
+    for rows in (9, 3):
+        x, weight, _ = case(rows, features + rank, inner, torch.float16)
+        given = {"low_rank": low_rank, "gated": gated[:rows]} if rank else {}
+        found = project(x, weight, backend="triton", **given)
+        torch.testing.assert_close(found, project(x, weight, **given), rtol=8e-3, atol=8e-3)
+    assert not scratch(x.device)[1].any(), "counters are as they were"
+    alone = project(x[:1], weight, backend="triton", **{**given, "gated": gated[:1]} if rank else {})
+    assert torch.equal(alone, found[:1])
 
 
 def test_counts_of_launches_may_wrap():
