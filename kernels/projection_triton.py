@@ -2,8 +2,8 @@
 
 The product is computed transposed, [features, inner] x [inner, tokens], so that the weights are the operand whose size
 fills the matrix unit and few tokens waste nothing of it. Of the programs that share a tile the last one to come adds up
-what all have, in their order. An even share of all tiles ("stream-K", Osama et al. 2023) lost more in the joining than it
-won: only long products of few tiles, which leave processors without work, are shared.
+what all have, in their order. An even share of all tiles ("stream-K", Osama et al. 2023) lost more in the joining than
+it won: only long products of few tiles, which leave processors without work, are shared.
 
 A low-rank update comes in the same launch: the first programs make the way down, in less time than the others take for
 their own features; these wait for it before they store.
@@ -80,20 +80,19 @@ def _projection_kernel(
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
     finishes = program >= 0  # everyone, of tiles that are not shared
-    if PARTS > 1 or RANK > 0:
-        if parts > 1:
-            cell = part_ptr + lane[:, None] * TOKENS + token[None, :]
-            tl.store(cell + program.to(tl.int64) * (BLOCK_N * TOKENS), acc)
-            tl.debug_barrier()  # all threads have stored when one of them says so
-            arrived = arrived_ptr + DOWN + tile
-            finishes = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == parts - 1
-            if finishes:
-                tl.store(arrived, 0)
-                acc = tl.zeros([BLOCK_N, TOKENS], tl.float32)
-                for other in tl.static_range(PARTS if RANK == 0 else max(PARTS, DOWN_PARTS)):
-                    # Not through a cache that may hold what was there before.
-                    theirs = cell + (program - part + other).to(tl.int64) * (BLOCK_N * TOKENS)
-                    acc += tl.load(theirs, other < parts, other=0.0, cache_modifier=".cg")
+    if parts > 1:
+        cell = part_ptr + lane[:, None] * TOKENS + token[None, :]
+        tl.store(cell + program.to(tl.int64) * (BLOCK_N * TOKENS), acc)
+        tl.debug_barrier()  # all threads have stored when one of them says so
+        arrived = arrived_ptr + DOWN + tile
+        finishes = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == parts - 1
+        if finishes:
+            tl.store(arrived, 0)
+            acc = tl.zeros([BLOCK_N, TOKENS], tl.float32)
+            for other in tl.static_range(PARTS if RANK == 0 else max(PARTS, DOWN_PARTS)):
+                # Not through a cache that may hold what was there before.
+                theirs = cell + (program - part + other).to(tl.int64) * (BLOCK_N * TOKENS)
+                acc += tl.load(theirs, other < parts, other=0.0, cache_modifier=".cg")
     if finishes:
         if BIAS:
             acc += tl.load(bias_ptr + tl.minimum(feature, last)).to(tl.float32)[:, None]
