@@ -14,14 +14,15 @@ from .norm import silu_and_mul
 MOST_ROWS = 32
 # Features of a tile of the Triton kernel.
 TILE = 64
+_LONG = 8192
 
 
 class LowRank:
     """What a product adds on gated rows: `up` times what the last rank rows of its weight make of x.
 
     up: [features, rank], of a rank that `fits`. Owns what the programs of a launch tell each other: launches of
-    one LowRank have to be on one stream. hidden: [MOST_ROWS, rank], what they have of the way down; count: how many
-    programs wrote there, ever; turns: [programs] how many launches each has seen; both int32, and may wrap.
+    one LowRank have to be on one stream. hidden: [MOST_ROWS, rank] int64, a number of the way down as float32, and
+    above it the launch that it is of; turns: [tiles] int32, how many launches each has seen, and may wrap.
     """
 
     def __init__(self, up: Tensor) -> None:
@@ -29,9 +30,8 @@ class LowRank:
         if not LowRank.fits(rank):
             raise ValueError(f"the rank has to be a power of two from {TILE}, not {rank}")
         self.up = up.contiguous()
-        self.hidden = up.new_zeros(MOST_ROWS, rank)
-        self.count = torch.zeros(1, dtype=torch.int32, device=up.device)
-        self.turns = torch.zeros(-(-features // TILE), dtype=torch.int32, device=up.device)
+        self.hidden = torch.zeros(MOST_ROWS, rank, dtype=torch.int64, device=up.device)
+        self.turns = torch.zeros(rank // TILE - -features // TILE, dtype=torch.int32, device=up.device)
 
     @staticmethod
     def fits(rank: int) -> bool:
@@ -82,24 +82,17 @@ def is_faster(rows: int, weight: Tensor, processors: int) -> bool:
     """Whether the Triton kernel measured faster than cuBLAS on an H200, or as fast (docs/kernels.md); from sizes alone.
 
     At 32 rows it reads a matrix of many tiles at 88 to 98 % of what the memory gives, cuBLAS at 82 to 94 %. Of products
-    that are few tiles it is faster at those that are alone on their processors for long enough.
+    that are few tiles it is faster at those that are alone on their processors for long enough, or shared.
+    weight: with the rows of a low-rank update's way down, where there is one.
     """
-    longest = 4096 if rows > 16 else 9472
-    return _takes(rows, weight, processors, longest)
-
-
-def is_faster_with_update(rows: int, weight: Tensor, processors: int) -> bool:
-    """The same of a product with a gated low-rank update, beside cuBLAS and a kernel for the update.
-
-    weight: [features + rank, inner]. A long product is as fast by either; a kernel less decides.
-    """
-    return _takes(rows, weight, processors, weight.shape[1])
-
-
-def _takes(rows: int, weight: Tensor, processors: int, longest: int) -> bool:
     features, inner = weight.shape
     if not 0 < rows <= MOST_ROWS or inner % 128 or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
     tiles = features // TILE
-    alone = 32 <= tiles <= 3 * processors // 5 and 3072 <= inner <= longest and inner % 256 == 0
-    return tiles >= 2 * processors or alone
+    alone = 32 <= tiles <= 3 * processors // 5 and inner >= 3072 and inner % 256 == 0
+    return tiles >= 2 * processors or (alone and (inner <= 4096 or is_shared(tiles, inner, processors)))
+
+
+def is_shared(tiles: int, inner: int, processors: int) -> bool:
+    """Whether two programs of the Triton kernel make each tile of so long a product."""
+    return inner >= _LONG and 2 * tiles <= processors

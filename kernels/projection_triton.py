@@ -6,7 +6,8 @@ what all have, in their order. An even share of all tiles ("stream-K", Osama et 
 it won: only long products of few tiles, which leave processors without work, are shared.
 
 A low-rank update comes in the same launch: the first programs make the way down, in less time than the others take for
-their own features; these wait for it before they store.
+their own features; these wait for it before they store. Every number carries the turn of its launch in the same 64-bit
+word, so that there is nothing to set back and no fence (the protocol of NCCL's "LL").
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -20,27 +21,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap_triton import follow, overlap
-from .projection import MOST_ROWS, TILE, LowRank
+from .projection import MOST_ROWS, TILE, LowRank, is_shared
 
 # Programs that share a tile of the way down.
 _DOWN_PARTS = 4
-# Inner size from which a tile of the features is shared, where processors are left for it.
-_LONG = 8192
 # A processor each, and some for ways down.
 _MOST_SHARING = 512
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _projection_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr, up_ptr, gated_ptr, hidden_ptr, count_ptr, turn_ptr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr, up_ptr, gated_ptr, hidden_ptr, turn_ptr,
     tokens, features, inner, x_row,
     BIAS: tl.constexpr, ACTIVATE: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, DOWN_PARTS: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr, WIDE: tl.constexpr,
+    ALONE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (RANK / BLOCK_N * DOWN_PARTS + tiles of features * PARTS). x: [tokens, inner]; weight: [features + RANK,
     inner]; out: [tokens, features], or half of them: then half of a tile are gates, half of it the values that these
     are for. part: [programs, BLOCK_N, TOKENS] float32; arrived: [tiles] zeros, and is left so."""
-    follow(OVERLAP)
     DOWN: tl.constexpr = RANK // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
     program = tl.program_id(0)
@@ -60,6 +59,13 @@ def _projection_kernel(
         feature = tile * BLOCK_N + lane
         inside = feature < features
     feature = tl.where(tile < 0, features + (tile + DOWN) * BLOCK_N + lane, feature)
+    if RANK > 0:
+        rank = tl.arange(0, RANK)
+        up_at = up_ptr + tl.maximum(tl.minimum(feature, features - 1), 0)[:, None].to(tl.int64) * RANK + rank[None, :]
+        if ALONE:  # else it would take the place of another program
+            # What no kernel writes may be read while the one in front runs.
+            up = tl.load(up_at, tile >= 0, other=0.0)
+    follow(OVERLAP)
     token = tl.arange(0, TOKENS)
     column = tl.arange(0, BLOCK_K)
     x_at = x_ptr + token[:, None].to(tl.int64) * x_row + column[None, :]
@@ -98,23 +104,21 @@ def _projection_kernel(
             acc += tl.load(bias_ptr + tl.minimum(feature, last)).to(tl.float32)[:, None]
         dtype = out_ptr.dtype.element_ty
         if RANK > 0:
-            rank = tl.arange(0, RANK)
+            turn = tl.load(turn_ptr + DOWN + tile) + 1
+            tl.store(turn_ptr + DOWN + tile, turn)
             if tile < 0:
+                value = acc.to(dtype).to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
                 place = hidden_ptr + token[None, :] * RANK + (feature - features)[:, None]
-                tl.store(place, acc.to(dtype), (token < tokens)[None, :])
-                tl.debug_barrier()
-                tl.atomic_add(count_ptr, 1, sem="release", scope="gpu")
+                tl.store(place, (turn.to(tl.int64) << 32) | value, (token < tokens)[None, :])
             else:
-                up_at = up_ptr + tl.minimum(feature, features - 1)[:, None].to(tl.int64) * RANK + rank[None, :]
-                up = tl.load(up_at)
+                if not ALONE:
+                    up = tl.load(up_at)
                 gated = tl.load(gated_ptr + token, token < tokens, other=0) != 0
-                # Of this launch: everyone knows how many there were, so that nothing has to be set back.
-                turn = tl.load(turn_ptr + tile) + 1
-                while tl.atomic_add(count_ptr, 0, sem="acquire", scope="gpu") != turn * DOWN:
-                    pass
-                tl.store(turn_ptr + tile, turn)
-                hidden_at = hidden_ptr + token[:, None] * RANK + rank[None, :]
-                hidden = tl.load(hidden_at, gated[:, None], other=0.0, cache_modifier=".cg")
+                asked = hidden_ptr + token[:, None] * RANK + rank[None, :]
+                come = tl.load(asked, gated[:, None], other=turn.to(tl.int64) << 32, volatile=True)
+                while tl.max(tl.max(((come >> 32).to(tl.int32) != turn).to(tl.int32), axis=1), axis=0) != 0:
+                    come = tl.load(asked, gated[:, None], other=turn.to(tl.int64) << 32, volatile=True)
+                hidden = come.to(tl.int32).to(tl.float32, bitcast=True).to(dtype)
                 if WIDE:
                     hidden, up = hidden.to(tl.float32), up.to(tl.float32)
                 acc = tl.dot(up, tl.trans(hidden), acc, input_precision="ieee")
@@ -153,17 +157,17 @@ def triton_projection(
     alone = tiles <= 256 and inner % 256 == 0 and x.element_size() == 2
     block_k, num_stages = (256, 4) if alone else (128, 3)
     parts, partial, arrived = 1, x, x
-    if alone and inner >= _LONG and tokens <= MOST_ROWS and 2 * tiles + down <= _processors(x.device):
+    if alone and tokens <= MOST_ROWS and is_shared(tiles, inner, _processors(x.device)):
         parts = 2
     if parts > 1 or down:
         partial, arrived = scratch(x.device)
-    update = (x,) * 5
+    update = (x,) * 4
     if low_rank is not None:
         assert gated is not None
-        update = low_rank.up, gated.view(torch.uint8), low_rank.hidden, low_rank.count, low_rank.turns
+        update = low_rank.up, gated.view(torch.uint8), low_rank.hidden, low_rank.turns
     _projection_kernel[(down + tiles * parts,)](
         x, weight, x if bias is None else bias, out, partial, arrived, *update, tokens, features, inner, x.stride(0),
-        BIAS=bias is not None, ACTIVATE=activate, RANK=rank, PARTS=parts, DOWN_PARTS=_DOWN_PARTS,
+        BIAS=bias is not None, ACTIVATE=activate, RANK=rank, PARTS=parts, DOWN_PARTS=_DOWN_PARTS, ALONE=alone,
         TOKENS=max(16, triton.next_power_of_2(tokens)), BLOCK_N=TILE, BLOCK_K=block_k,
         WIDE=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
         num_warps=4, num_stages=num_stages, **overlap(x.device, tokens),

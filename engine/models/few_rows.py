@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from linocut.kernels.norm import silu_and_mul
-from linocut.kernels.projection import LowRank, is_faster, is_faster_with_update, project, reserve
+from linocut.kernels.projection import LowRank, is_faster, project, reserve
 
 from .linear import DenseLinear
 
@@ -37,7 +37,7 @@ class FewRowsLinear(DenseLinear):
 
     def takes_update(self, x: Tensor) -> bool:
         """Whether `updated` is for so many rows."""
-        return is_faster_with_update(x.shape[0], self._weight, self._processors)
+        return is_faster(x.shape[0], self._weight, self._processors)
 
     def updated(self, x: Tensor, low_rank: LowRank, gated: Tensor, activate: bool) -> Tensor:
         """With a low-rank update, whose way down are the last rows of the weight (`project`)."""

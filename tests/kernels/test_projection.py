@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from linocut.kernels.projection import MOST_ROWS, LowRank, is_faster, is_faster_with_update, project
+from linocut.kernels.projection import MOST_ROWS, LowRank, is_faster, project
 from linocut.kernels.projection_triton import scratch
 
 
@@ -77,16 +77,16 @@ def test_programs_share_the_tiles_of_a_long_product(rank, features):
     assert torch.equal(alone, found[:1])
 
 
-def test_counts_of_launches_may_wrap():
+def test_turns_of_launches_may_wrap():
     low_rank = LowRank(torch.randn(64, 64))
     x, weight = torch.randn(2, 128), torch.randn(128, 128)
     gated = torch.tensor([True, False])
-    low_rank.turns.fill_(2**31 - 1)
-    low_rank.count.fill_(2**31 - 1)
-    for _ in range(3):
+    low_rank.turns.fill_(2**31 - 2)
+    for _ in range(4):
         found = project(x, weight, low_rank=low_rank, gated=gated, backend="triton")
         torch.testing.assert_close(found, project(x, weight, low_rank=low_rank, gated=gated), rtol=1e-4, atol=1e-4)
-    assert low_rank.turns.tolist() == low_rank.count.tolist() == [-(2**31) + 2]
+    assert low_rank.turns.tolist() == [-(2**31) + 2] * 2
+    assert (low_rank.hidden[0] >> 32 == -(2**31) + 2).all()
 
 
 @pytest.mark.parametrize("rank", [0, 8, 96, 192])
@@ -139,17 +139,11 @@ def test_it_serves_where_it_measured_faster_and_nowhere_else():
     assert faster(8, 4608, 3584), "queries, keys and values"
     assert faster(1, 18_944, 3584), "half of gate and up, on one of two GPUs"
     assert faster(1, 3584, 9472), "half of down"
-    assert not faster(32, 3584, 9472), "that with more rows"
-    assert not faster(8, 3584, 18_944), "down"
+    assert faster(32, 3584, 18_944), "down, which two programs share"
+    assert faster(25, 3584 + 128, 18_944), "with an adapter's way down"
+    assert faster(8, 4608 + 128, 3584)
+    assert not faster(8, 4608, 18_944), "too many tiles to be shared"
+    assert not faster(8, 3584, 6144), "too short"
     assert not faster(8, 3584, 1792), "half of the output"
     assert not faster(8, 49_152, 576), "an inner size that is no multiple of its step"
     assert not faster(8, 152_064, 3584, torch.float32)
-
-    def with_update(rows, features, inner):
-        weight = torch.empty(features + 128, inner, dtype=torch.bfloat16, device="meta")
-        return is_faster_with_update(rows, weight, 132)
-
-    assert with_update(25, 3584, 18_944), "down"
-    assert with_update(32, 4608, 3584)
-    assert not with_update(33, 4608, 3584)
-    assert not with_update(8, 576, 576)
