@@ -14,6 +14,7 @@ class Config:
     splits: int  # programs that share a tile's keys
     num_warps: int
     num_stages: int
+    share: int = 16  # a program's share of them is a multiple of it
 
 
 def choose_config(

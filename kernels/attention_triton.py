@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LOG2_E = 1.4426950408889634
 _MAP_BLOCK = 128
+# Places of a program that joins splits, and its warps.
+_JOINED = 1, 4
 
 
 # Counts differ from batch to batch: compiling anew for each that is 1 or a multiple of 16 would stall requests.
@@ -100,7 +102,7 @@ def _attend_keys(
 @triton.jit(do_not_specialize=["rows", "tokens", "page_row"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, best_ptr, total_ptr, map_ptr, page_ptr, visible_ptr, scratch_start_ptr,
-    scratch_end_ptr, rows, tokens, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, page_row, scale,
+    scratch_end_ptr, rows, tokens, q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, page_row, scale, least,
     GROUP: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SCRATCH: tl.constexpr, UPCAST: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -137,10 +139,10 @@ def _attention_kernel(
         split = tl.program_id(2)
         low = 0
         if SPLIT:
-            share = tl.cdiv(tl.cdiv(end, tl.num_programs(2)), BLOCK_N) * BLOCK_N
+            share = tl.cdiv(tl.cdiv(end, tl.num_programs(2)), least) * least
             low = split * share
             end = tl.minimum(end, low + share)
-        unmasked = tl.maximum(low, tl.minimum(all_see, end) // BLOCK_N * BLOCK_N)
+        unmasked = low + tl.maximum(tl.minimum(all_see, end) - low, 0) // BLOCK_N * BLOCK_N
 
         acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -174,22 +176,24 @@ def _attention_kernel(
 @triton.jit(do_not_specialize=["count"])
 def _join_kernel(
     part_ptr, best_ptr, total_ptr, out_ptr, count,
-    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, OVERLAP: tl.constexpr,
+    PLACES: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens * heads): the weighted mean of the splits' results."""
+    """Grid (tokens * heads / PLACES): the weighted mean of the splits' results."""
     follow(OVERLAP)
-    place = tl.program_id(0).to(tl.int64)
-    places = tl.arange(0, SPLITS).to(tl.int64) * count + place
-    best = tl.load(best_ptr + places)
-    total = tl.load(total_ptr + places)
-    highest = tl.max(best, axis=0)
+    place = tl.program_id(0).to(tl.int64) * PLACES + tl.arange(0, PLACES)
+    places = tl.arange(0, SPLITS).to(tl.int64)[None, :] * count + place[:, None]  # [PLACES, SPLITS]
+    there = (place < count)[:, None]
+    best = tl.load(best_ptr + places, there, other=float("-inf"))
+    total = tl.load(total_ptr + places, there, other=0.0)
+    highest = tl.max(best, axis=1)[:, None]
     weight = total * tl.exp2(best - tl.where(highest == float("-inf"), 0.0, highest))
     dimension = tl.arange(0, HEAD_DIM)
-    part_at = part_ptr + places[:, None] * HEAD_DIM + dimension[None, :]
-    part = tl.load(part_at, weight[:, None] > 0.0, other=0.0)
-    whole = tl.sum(weight, axis=0)
-    out = tl.sum(part * weight[:, None], axis=0) / tl.where(whole == 0.0, 1.0, whole)
-    tl.store(out_ptr + place * HEAD_DIM + dimension, out.to(out_ptr.dtype.element_ty))
+    part_at = part_ptr + places[:, :, None] * HEAD_DIM + dimension[None, None, :]
+    part = tl.load(part_at, weight[:, :, None] > 0.0, other=0.0)
+    whole = tl.sum(weight, axis=1)[:, None]
+    out = tl.sum(part * weight[:, :, None], axis=1) / tl.where(whole == 0.0, 1.0, whole)
+    out_at = out_ptr + place[:, None] * HEAD_DIM + dimension[None, :]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), there)
 
 
 def triton_attention(
@@ -222,24 +226,18 @@ def triton_attention(
         q, k_cache, v_cache, part, best, total, tile_map, layout.page_table, layout.visible,
         layout.scratch_start if scratch else layout.visible, layout.scratch_end if scratch else layout.visible,
         rows, tokens, q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
-        layout.page_table.stride(0), scale * _LOG2_E,
+        layout.page_table.stride(0), scale * _LOG2_E, config.share,
         GROUP=group, HEADS=heads, PAGE=page_size, HEAD_DIM=head_dim,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=config.splits > 1, SCRATCH=scratch,
         UPCAST=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
         num_warps=config.num_warps, num_stages=config.num_stages, **overlap(q.device, tokens),
     )  # fmt: skip
     if config.splits > 1:
-        _join_kernel[(tokens * heads,)](
-            part,
-            best,
-            total,
-            out,
-            tokens * heads,
-            SPLITS=config.splits,
-            HEAD_DIM=head_dim,
-            num_warps=4,
-            **overlap(q.device, tokens),
-        )
+        places, warps = _JOINED
+        _join_kernel[(triton.cdiv(tokens * heads, places),)](
+            part, best, total, out, tokens * heads,
+            PLACES=places, SPLITS=config.splits, HEAD_DIM=head_dim, num_warps=warps, **overlap(q.device, tokens),
+        )  # fmt: skip
     return out
 
 
