@@ -14,7 +14,6 @@ class Config:
     splits: int  # programs that share a tile's keys
     num_warps: int
     num_stages: int
-    share: int = 16  # a program's share of them is a multiple of it
 
 
 def choose_config(
@@ -38,22 +37,27 @@ def choose_config(
         return count
 
     needed = max(16, _power_of_2(typical * group), _power_of_2(group))
-    most = 128 if itemsize == 2 and head_dim >= 128 else 64
+    half = itemsize == 2
+    most = 128 if half and head_dim >= 128 else 64
     block_m = max(min(needed, most), _power_of_2(group))
-    if (
-        block_m == 128
-        and max_visible <= 2048
-        and (programs(128) < processors or _is_short_prefill(max_query, max_visible))
-    ):
-        # Smaller tiles keep more processors busy, and waste less of a short causal triangle.
-        block_m = max(64, _power_of_2(group))
-    # More splits than fill the processors cost more in the join than they win; small tiles come two to a processor.
-    fill = processors * (2 if needed <= block_m <= 64 else 1)
-    splits, count = 1, programs(block_m)
-    while splits * 2 <= min(fill // count, max_visible // 128, 32 if block_m <= 32 else 16):
+    # Smaller tiles keep more processors busy, and waste less of a short causal triangle.
+    if block_m == 128:
+        few = programs(128) < processors if max_visible <= 2048 else 8 * programs(128) < processors
+        if few or _is_short_prefill(max_query, max_visible):
+            block_m = max(64, _power_of_2(group))
+    if half and block_m == 64 and 16 * programs(64) < processors:
+        block_m = max(32, _power_of_2(group))
+    count = programs(block_m)
+    # More splits than fill the processors cost more in the join than they win; small tiles come several to one. The
+    # first step of a program waits for its keys, so that short shares are the faster ones.
+    fill = processors * (4 if block_m == 16 else 2 if half and block_m <= 64 else 1)
+    least = (32 if block_m <= 32 else 64) if half and block_m <= 64 else 128
+    splits = 1
+    while splits * 2 <= min(fill // count, max_visible // least, 32 if block_m <= 32 else 16):
         splits *= 2
+    splits = splits if splits > 2 else 1
     num_warps, num_stages = 4, 2
-    if itemsize > 2:
+    if not half:
         block_n = 64 if head_dim * itemsize <= 256 else 32
     elif block_m >= 128:
         block_n, num_warps, num_stages = 128, 8, 4
@@ -61,7 +65,7 @@ def choose_config(
         block_n = 32
     else:
         # Where a processor has one program, more keys at a time are more in flight.
-        block_n = 64 if block_m == 64 and count * splits > processors else 128
+        block_n = 64 if splits > 1 or (block_m == 64 and count > processors) else 128
     block_n = max(16, min(block_n, _power_of_2(max_visible)))
     return Config(block_m, block_n, splits, num_warps, num_stages)
 

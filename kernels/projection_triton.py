@@ -73,6 +73,8 @@ def _projection_kernel(
     # Features past the end read the last one: their products are never stored.
     last = features + RANK - 1
     at = weight_ptr + tl.minimum(feature, last)[:, None].to(tl.int64) * inner + column[None, :]
+    if RANK > 0:
+        turn = tl.load(turn_ptr + DOWN + tile) + 1
     begin, end = 0, inner
     if PARTS > 1 or RANK > 0:
         each = tl.cdiv(tl.cdiv(inner, BLOCK_K), parts) * BLOCK_K
@@ -104,8 +106,6 @@ def _projection_kernel(
             acc += tl.load(bias_ptr + tl.minimum(feature, last)).to(tl.float32)[:, None]
         dtype = out_ptr.dtype.element_ty
         if RANK > 0:
-            turn = tl.load(turn_ptr + DOWN + tile) + 1
-            tl.store(turn_ptr + DOWN + tile, turn)
             if tile < 0:
                 value = acc.to(dtype).to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
                 place = hidden_ptr + token[None, :] * RANK + (feature - features)[:, None]
@@ -122,6 +122,8 @@ def _projection_kernel(
                 if WIDE:
                     hidden, up = hidden.to(tl.float32), up.to(tl.float32)
                 acc = tl.dot(up, tl.trans(hidden), acc, input_precision="ieee")
+            tl.debug_barrier()  # all threads have read it
+            tl.store(turn_ptr + DOWN + tile, turn)
         if tile >= 0:
             if ACTIVATE:
                 gate, value = tl.split(tl.permute(tl.reshape(acc, [2, HALF, TOKENS]), [1, 2, 0]))
