@@ -94,6 +94,9 @@ def run_http(settings: Settings, path: Path, deadline: float) -> None:
     sheet = Sheet(path, {"task": "http", "engine": "linocut", "machine": machine()}, deadline)
     options = ["--max-running", str(max(settings.clients)), "--max-model-len", str(MAX_MODEL_LEN)]
     options += ["--no-prefix-caching", "--device", settings.device, "--log-level", "warning"]
+    if settings.model is None:
+        # Offline all of them are made ready, too.
+        options += ["--warm-up", ",".join(str(asked["strategy"]) for asked in STRATEGIES.values())]
     folder = str(resolve_model(settings.model))
     sheet.note(settings=settings.as_dict(), processors=os.cpu_count())
     chat = read_chat(settings.prompts, Path(folder), 1000, MAX_MODEL_LEN - settings.tokens)
