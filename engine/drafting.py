@@ -17,7 +17,7 @@ from .decoding.strategies.verify import MAX_DRAFT
 from .decoding.view import RowView, WindowStatistics
 from .flags import SamplingFlags
 from .fusion import Fusion
-from .logit_rows import LogitRows
+from .logit_rows import LogitRows, ToLogits
 from .models.decoder import Decoder
 from .models.draft_head import DraftHead
 from .sampling import CHUNK, Sampler
@@ -54,24 +54,25 @@ class Drafter:
         slots: Tensor,
         last: Tensor,
         whole: Tensor,
-        logits: Tensor | None = None,
+        known: ToLogits | None = None,
     ) -> None:
         """Put the drafts of `rows` (see `draft_rows`: M entries for each of `slots`) behind the rows' new starts.
 
         hidden: [tokens, hidden]. last: [rows] ids that stand before the drafts. whole: [rows] bool; the others ran a
-        chunk and keep their drafts. logits: of `rows`, where they are known. A draft is drawn as its verification will
-        draw, with the noise of (seed, position).
+        chunk and keep their drafts. known: gives the logits of `rows`, where these are there already. A draft is drawn
+        as its verification will draw, with the noise of (seed, position).
         """
         valid = rows.valid.view(slots.shape[0], -1)
         head = self._decoder.draft_head
         if head is None:
-            found = self._sampler.propose(state, hidden, rows, None, self._decoder.logits, flags)
+            to_logits = known or (lambda part: self._decoder.logits(hidden[part.source]))
+            found = self._sampler.propose(state, rows, None, to_logits, flags)
             token, confidence = found.token.view_as(valid), found.confidence.view_as(valid)
         elif head.native is not None and not flags.sampled:
-            proposals = self._proposals(state, hidden, rows, flags, known=logits, native=True)
+            proposals = self._proposals(state, hidden, rows, flags, known=known, native=True)
             token, confidence = head.native.run(proposals.normed, proposals.top, proposals.covered, last)
         else:
-            proposals = self._proposals(state, hidden, rows, flags, head.quick_logits, logits)
+            proposals = self._proposals(state, hidden, rows, flags, head.quick_logits, known)
             tokens, confidences = [], []
             for index in torch.arange(rows.source.shape[0], device=slots.device).view_as(valid).unbind(1):
                 last, sure = self._draw(head, state, proposals, rows, index, last, flags)
@@ -130,14 +131,14 @@ class Drafter:
         rows: LogitRows,
         flags: SamplingFlags,
         quick: Callable[[Tensor], Tensor | None] | None = None,
-        known: Tensor | None = None,
+        known: ToLogits | None = None,
         native: bool = False,
     ) -> _Proposals:
         share, parts = self._decoder.share, []
         for at in range(0, rows.source.shape[0], CHUNK):
             part = rows.at(slice(at, at + CHUNK))
             normed = self._decoder.normed(hidden[part.source])
-            logits = known[at : at + CHUNK] if known is not None else quick(normed) if quick is not None else None
+            logits = known(part) if known is not None else quick(normed) if quick is not None else None
             if logits is None:
                 logits = share.fill(self._decoder.head(normed))
             self._sampler.ban(state, logits, part.slot, part.position, flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class LogitRows:
             self.valid[part],
             None if self.ahead is None else self.ahead[part],
         )
+
+
+# Gives the logits of rows, [M, width of a rank's share]; the caller may change them in place.
+ToLogits = Callable[[LogitRows], Tensor]
 
 
 def window_index(rows: LogitRows, count: int, window: int) -> Tensor:

@@ -20,7 +20,7 @@ from .fusion import Fusion
 from .graphs import StepGraphs, most_positions
 from .groups import no_statistics, span_of, stand, statistics_of
 from .layout import Group, StepInputs, StepLayout, StepShape, lay_out
-from .logit_rows import LogitRows, window_index
+from .logit_rows import LogitRows, ToLogits, window_index
 from .models.decoder import Decoder, KVCache
 from .plan import Admission, StepPlan
 from .prices import marginal_cost
@@ -31,17 +31,24 @@ from .stages import prepare, report, settle
 from .state import RowState, admit_rows, grant_pages
 from .transfer import to_device
 
+# A GPU takes as long for a product of so many rows with the vocabulary as for reading it; beyond them more rows cost as
+# much as reading it again.
+_FREE_ROWS = 128
+
 
 @dataclass
 class Forward:
-    """What a step's forward leaves for its groups. hidden: [tokens, hidden]. ahead: the logits of the one group's
-    drafts, where they are known before it decides."""
+    """What a step's forward leaves for its groups. hidden: [tokens, hidden]. logits: the rows asked before anything is
+    decided; of_targets gives their logits, to_logits those of any rows, and ahead those of the rows that draft, where
+    they are known by then."""
 
     shape: StepShape
     inputs: StepInputs
     hidden: Tensor
     logits: LogitRows | None
-    ahead: Tensor | None = None
+    to_logits: ToLogits
+    of_targets: ToLogits
+    ahead: ToLogits | None = None
 
 
 class ModelRunner:
@@ -81,8 +88,11 @@ class ModelRunner:
         self.strategies = build_strategies(reference, equipment)
         self.stop_at_block_end = reference and traits.logit_source == "own"
         banned = (*traits.banned_ids, *(() if traits.mask_id is None else (traits.mask_id,)))
-        self.sampler = Sampler(banned, reference, decoder.backend, state.device, decoder.share)
+        self.sampler = Sampler(banned, reference, decoder.backend, state.device, decoder.share, self.fusion)
         self.drafter = Drafter(decoder, self.sampler, self.fusion)
+        # Positions of a step with draft segments up to which all of them become logits, whichever will be asked. On a
+        # CPU every row costs arithmetic.
+        self.joint_rows = _FREE_ROWS if decoder.backend == "triton" else 0
         self._flags: dict[int, SamplingFlags] = {}
         self._windows: dict[int, int] = {}
         self._idle: dict[str, int] = {}
@@ -133,26 +143,44 @@ class ModelRunner:
         hidden = self.decoder.forward(
             batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy, batch.added
         )
-        width, ahead = span.targets.shape[1], None
+        width = span.targets.shape[1]
+        forward = self._forward(shape, inputs, hidden, batch.logits)
         if batch.logits is not None:
             seeding = None if traits.commits_blocks else span.seeding
             mixer = Mixer(state, self.decoder.mix, self.decoder.share) if shape.flags.smoothed else None
-            logits = None
-            if self._drafts_are_certain(shape):
-                sources = torch.cat([batch.logits.source, certain_sources(shape.groups[0], inputs, self._lead)])
-                both = self.decoder.logits(hidden[sources])
-                logits, ahead = both[: shape.logits], both[shape.logits :]
-            to_logits = self.decoder.logits if logits is None else lambda rows, known=logits: known
-            found = self.sampler.propose(state, hidden, batch.logits, seeding, to_logits, shape.flags, mixer=mixer)
+            found = self.sampler.propose(state, batch.logits, seeding, forward.of_targets, shape.flags, mixer=mixer)
             statistics = self._to_window(batch.logits, found, shape.rows, width)
         else:
             statistics = no_statistics(shape.rows, width, shape.flags, state.device)
-        forward = Forward(shape, inputs, hidden, batch.logits, ahead)
         packed = [
             self._advance(group, view, span_of(span, group), statistics_of(statistics, group), forward)
             for group, view in zip(shape.groups, ready.views, strict=True)
         ]
         return torch.cat([table.flatten() for table in packed]) if len(packed) > 1 else packed[0].flatten()
+
+    def _forward(self, shape: StepShape, inputs: StepInputs, hidden: Tensor, targets: LogitRows | None) -> Forward:
+        """Where it can, it reads the vocabulary once for what is asked before a decision and behind it."""
+
+        def fresh(rows: LogitRows) -> Tensor:
+            return self.decoder.logits(hidden[rows.source])
+
+        if targets is None or not shape.scratch:
+            return Forward(shape, inputs, hidden, targets, fresh, fresh)
+        if shape.tokens <= self.joint_rows:
+            # Which segment drafts is not known yet, nor does the shape say how many there are.
+            of_all = self.decoder.logits(hidden)
+
+            def known(rows: LogitRows) -> Tensor:
+                return of_all[rows.source]
+
+            return Forward(shape, inputs, hidden, targets, known, known, known)
+        if self._drafts_are_certain(shape):
+            sources = torch.cat([targets.source, certain_sources(shape.groups[0], inputs, self._lead)])
+            both = self.decoder.logits(hidden[sources])
+            # So few rows that all targets, or all drafts, are asked for at once.
+            certain = (lambda rows: both[: shape.logits]), (lambda rows: both[shape.logits :])
+            return Forward(shape, inputs, hidden, targets, fresh, *certain)
+        return Forward(shape, inputs, hidden, targets, fresh, fresh)
 
     def _lay_out(self, plan: StepPlan) -> StepLayout:
         flags = SamplingFlags()
@@ -233,7 +261,9 @@ class ModelRunner:
         """Whether the rows that will draft are known before anything is decided, so that one product with the
         vocabulary does for both. Only where it gives each row the bits that it has alone."""
         group, *others = shape.groups
-        certain = group.segments == 1 and not others and not self.strategies[group.strategy].branches
+        # Sizes that are rounded do not say how many segments a row has.
+        single = group.segments == 1 and not self.rounding
+        certain = single and not others and not self.strategies[group.strategy].branches
         few = shape.logits + shape.rows * group.segment <= CHUNK
         return certain and few and self.decoder.backend == "native" and self.decoder.draft_head is not None
 
@@ -256,9 +286,8 @@ class ModelRunner:
         asked.row, asked.offset = places // window, places % window
         asked.slot, asked.valid = view.slots[asked.row], statistics.candidates.flatten()
         bias = strategy.bias(view, statistics, self.traits).flat()
-        found = self.sampler.propose(
-            self.state, forward.hidden, asked, span.seeding, self.decoder.logits, forward.shape.flags, bias
-        )
+        flags = forward.shape.flags
+        found = self.sampler.propose(self.state, asked, span.seeding, forward.to_logits, flags, bias)
         return to_window(asked, found, rows, window)
 
     def _segment_statistics(
@@ -269,7 +298,7 @@ class ModelRunner:
         segments = segments[:, : group.segments]
         rows = segment_rows(group, forward.inputs, view.slots, segments, view.start, shift, causal=strategy.frontier)
         flags = forward.shape.flags
-        found = self.sampler.propose(self.state, forward.hidden, rows, None, self.decoder.logits, flags)
+        found = self.sampler.propose(self.state, rows, None, forward.to_logits, flags)
         return to_segments(rows, found, *segments.shape)
 
     def _admit(self, plan: StepPlan) -> None:

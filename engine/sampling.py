@@ -20,7 +20,8 @@ from linocut.kernels.statistics import (
 from .decoding.registry import columns
 from .decoding.view import LogitBias, WindowStatistics
 from .flags import SamplingFlags
-from .logit_rows import LogitRows
+from .fusion import Fusion
+from .logit_rows import LogitRows, ToLogits
 from .parallel.vocabulary import VocabShare
 from .state import RowState
 
@@ -36,7 +37,13 @@ class Sampler:
     """
 
     def __init__(
-        self, banned_ids: tuple[int, ...], reference: bool, backend: Backend, device: torch.device, share: VocabShare
+        self,
+        banned_ids: tuple[int, ...],
+        reference: bool,
+        backend: Backend,
+        device: torch.device,
+        share: VocabShare,
+        fusion: Fusion,
     ) -> None:
         own = [i - share.start for i in sorted(banned_ids) if share.start <= i < share.start + share.held]
         self._banned = torch.tensor(own, dtype=torch.int64, device=device)
@@ -44,27 +51,28 @@ class Sampler:
         self._reference = reference
         self._backend = backend
         self._filtered = columns().of["confidence"].codes["filtered"]
+        self._stop_bounds = fusion(stop_bounds)
 
     def propose(
         self,
         state: RowState,
-        hidden: Tensor,
         rows: LogitRows,
         seeding: Tensor | None,
-        to_logits: Callable[[Tensor], Tensor],
+        to_logits: ToLogits,
         flags: SamplingFlags,
         bias: LogitBias | None = None,
         mixer: Callable[[LogitRows, Tensor], None] | None = None,
     ) -> VocabStatistics:
         """Token, confidence and what the flags ask for of every logits row, [M] each.
 
-        hidden: [tokens, hidden size]. seeding: [rows] bool, or None. Noise is keyed by (seed, choice, position,
-        block step). bias: of all rows, [M, S]. mixer: is given the rows and their logits, what is banned at -inf.
+        seeding: [rows] bool, or None. to_logits: is asked for a chunk of rows at a time. Noise is keyed by (seed,
+        choice, position, block step). bias: of all rows, [M, S]. mixer: is given the rows and their logits, what is
+        banned at -inf.
         """
         parts = []
         for at in range(0, rows.source.shape[0], CHUNK):
             part = rows.at(slice(at, at + CHUNK))
-            logits = to_logits(hidden[part.source])
+            logits = to_logits(part)
             if bias is not None:
                 places, inside = self._share.own(bias.ids[at : at + CHUNK])
                 values = torch.where(inside, bias.values[at : at + CHUNK], 0.0)
@@ -109,12 +117,9 @@ class Sampler:
         if self._banned.numel():
             logits.index_fill_(1, self._banned, -torch.inf)
         if flags.stops_banned:
-            ids = state.stops[slot].long()
-            places, inside = self._share.own(ids)
-            too_early = inside & (position[:, None] < state.stops_from[slot])
-            floor = torch.where(too_early, -torch.inf, torch.inf).to(logits.dtype)
+            places, bounds = self._stop_bounds(state.stops, state.stops_from, slot, position, self._share, logits.dtype)
             # amin, not a plain scatter: padding entries share place 0 with a real one.
-            logits.scatter_reduce_(1, places, floor, "amin")
+            logits.scatter_reduce_(1, places, bounds, "amin")
 
     def _sampling_rows(
         self, state: RowState, rows: LogitRows, seeding: Tensor | None, flags: SamplingFlags
@@ -136,6 +141,19 @@ class Sampler:
             filtered=flags.filtered,
             sampled=flags.sampled,
         )
+
+
+def stop_bounds(
+    stops: Tensor, stops_from: Tensor, slot: Tensor, position: Tensor, share: VocabShare, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Where in the share the stop ids of M rows are (int64), and what their logits may be at most (of `dtype`): -inf
+    before their time, and any else. [M, stop ids of a slot] both.
+
+    stops, stops_from: of the state, [slots, stop ids]; slot, position: [M].
+    """
+    places, inside = share.own(stops[slot].long())
+    too_early = inside & (position[:, None] < stops_from[slot])
+    return places, torch.where(too_early, -torch.inf, torch.inf).to(dtype)
 
 
 def _joined(parts: list[VocabStatistics]) -> VocabStatistics:

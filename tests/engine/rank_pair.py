@@ -87,9 +87,18 @@ def _member(rank: int, meeting: Path, pipe: Connection) -> None:
             pipe.send((None, traceback.format_exc()))
 
 
-def texts(ranks: Ranks, family: str, extra: dict[str, list[dict[str, Any]]], overrides: dict[str, Any]) -> Texts:
-    """Every strategy of a model, each with every way to sample, in one batch. extra: more settings of a strategy."""
+def texts(
+    ranks: Ranks,
+    family: str,
+    extra: dict[str, list[dict[str, Any]]],
+    overrides: dict[str, Any],
+    joint_rows: int | None = None,
+) -> Texts:
+    """Every strategy of a model, each with every way to sample, in one batch. extra: more settings of a strategy.
+    joint_rows: of the runner."""
     core = engine(family, ranks=ranks, **overrides)
+    if joint_rows is not None:
+        core.runner.joint_rows = joint_rows
     requests: list[AddRequest] = []
     for strategy in core.info.strategies:
         for values in (LIVELY | extra).get(strategy, [{}]):

@@ -10,11 +10,14 @@ import pytest
 import torch
 from replays import replaying
 from test_strategies import requests_of
-from tiny_engines import Answer, engine, prompt_of, request, run
+from tiny_engines import LIKELY, Answer, engine, prompt_of, request, run
 from torch import Tensor
 
 from linocut.engine import runner
 from linocut.engine.fusion import Fusion
+from linocut.engine.parallel.ranks import Ranks
+from linocut.engine.parallel.vocabulary import VocabShare
+from linocut.engine.sampling import stop_bounds
 
 # Every shape of a plan: blocks of both kinds of families, a canvas, a window in another order, branches, a frontier.
 PAIRS = [
@@ -72,6 +75,47 @@ def test_a_text_is_the_same_where_stages_are_compiled(backend: Counting, family:
     assert learned >= 4, "planning, deciding, reporting, the window"
     assert answers() == expected
     assert backend.graphs == learned
+
+
+def test_stop_ids_are_barred_until_their_time(backend: Counting) -> None:
+    core = engine("causal")
+    replaying(core)
+
+    def lengths() -> list[int]:
+        core.scheduler.prefix.clear()
+        kinds: list[dict[str, Any]] = [{"min_tokens": 7}, {}, {"min_tokens": 3, "temperature": 0.9}]
+        asked = [
+            request(core, str(at), prompt_of(9 + at), 12, stop_token_ids=tuple(LIKELY), **kind)
+            for at, kind in enumerate(kinds)
+        ]
+        return [len(answer.tokens) for answer in run(core, asked).values()]
+
+    with core.runner.fusion.learning():
+        assert lengths() == [8, 1, 4]
+    assert core.runner.fusion.on
+    assert lengths() == [8, 1, 4]
+
+
+def test_a_rank_bars_the_stop_ids_of_its_share(backend: Counting) -> None:
+    fusion = Fusion(True, backend)
+    fused = fusion(stop_bounds)
+    stops = torch.tensor([[3, 70], [130, -1], [-1, -1]], dtype=torch.int32)
+    stops_from = torch.tensor([[5, 9], [4, 0], [0, 0]], dtype=torch.int32)
+    slot, position = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([4, 5, 9, 3, 3], dtype=torch.int32)
+    barred = torch.zeros(5, 131, dtype=torch.bool)
+    for row, ids in {0: [3, 70], 1: [70], 3: [130]}.items():
+        barred[row, ids] = True
+    with fusion.learning():
+        for dtype in (torch.float32, torch.bfloat16):
+            found = []
+            for rank in range(2):
+                share = VocabShare(131, Ranks(rank, 2))
+                places, bounds = fused(stops, stops_from, slot, position, share, dtype)
+                logits = torch.zeros(5, share.width, dtype=dtype).scatter_reduce_(1, places, bounds, "amin")
+                found.append(logits[:, : share.held])
+            assert torch.equal(torch.cat(found, dim=1) == -torch.inf, barred)
+    assert fusion.on
+    assert backend.graphs
 
 
 def test_what_is_new_is_compiled_only_while_learning(backend: Counting) -> None:

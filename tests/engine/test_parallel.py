@@ -60,6 +60,7 @@ def test_two_ranks_share_a_gated_model_and_its_draft_head(
     alone = texts(ALONE, "causal", EXTRA["converted"], model)
     assert len({tuple(tokens) for tokens, _ in alone.values()}) > 3, "texts to compare"
     assert pair.run(texts, "causal", EXTRA["converted"], model) == alone
+    assert pair.run(texts, "causal", EXTRA["converted"], model, 10**6) == alone, "one product for texts and drafts"
 
 
 def test_two_ranks_choose_the_same_experts_for_a_block(pair: RankPair, tmp_path: Path) -> None:
