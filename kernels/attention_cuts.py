@@ -55,7 +55,8 @@ def choose_config(
     splits = 1
     while splits * 2 <= min(fill // count, max_visible // least, 32 if block_m <= 32 else 16):
         splits *= 2
-    splits = splits if splits > 2 else 1
+    if splits == 2 and 2 * count > processors * (2 if needed <= block_m <= 64 else 1):
+        splits = 1
     num_warps, num_stages = 4, 2
     if not half:
         block_n = 64 if head_dim * itemsize <= 256 else 32
@@ -65,7 +66,8 @@ def choose_config(
         block_n = 32
     else:
         # Where a processor has one program, more keys at a time are more in flight.
-        block_n = 64 if splits > 1 or (block_m == 64 and count > processors) else 128
+        short = splits > 1 and (block_m == 64 or max_visible <= 128 * splits)
+        block_n = 64 if short or (block_m == 64 and count * splits > processors) else 128
     block_n = max(16, min(block_n, _power_of_2(max_visible)))
     return Config(block_m, block_n, splits, num_warps, num_stages)
 

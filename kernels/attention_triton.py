@@ -33,13 +33,13 @@ _JOINED = 4
 @triton.jit(do_not_specialize=["rows", "tokens", "tiles", "steps"])
 def _map_kernel(
     start_ptr, map_ptr, rows, tokens, tiles, steps,
-    POSITIONS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """map[tile] = (row, first query, number of queries). Row `rows` holds the padding tokens after the last row.
 
     Row r gets the tiles from start[r] // POSITIONS + r on: at least as many as it needs, found without a prefix sum.
+    No kernel starts before it has ended, since they read the map before they `follow`.
     """
-    follow(OVERLAP)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros([BLOCK], tl.int32)  # the last row whose first tile is at most `tile`, by bisection
     high = tl.zeros([BLOCK], tl.int32) + rows + 1
@@ -109,31 +109,33 @@ def _attention_kernel(
 ):  # fmt: skip
     """Grid (tiles, kv_heads, splits). out: [tokens, HEADS, HEAD_DIM], or with splits [splits, tokens, HEADS, HEAD_DIM]
     float32, and best and total [splits, tokens, HEADS] float32."""
-    follow(OVERLAP)
+    # What describes the rows was written before any kernel that may still run.
     # The last tiles of a causal row have the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     row = tl.load(map_ptr + tile * 3)
     first = tl.load(map_ptr + tile * 3 + 1)
     count = tl.load(map_ptr + tile * 3 + 2)
+    line = tl.arange(0, BLOCK_M)
+    position = line // GROUP
+    live = position < count
+    token = (first + position).to(tl.int64)
+    visible = tl.load(visible_ptr + token, live & (row < rows), other=0)
+    scratch_start = visible
+    scratch_end = visible
+    if SCRATCH:
+        scratch_start = tl.load(scratch_start_ptr + token, live & (row < rows), other=0)
+        scratch_end = tl.load(scratch_end_ptr + token, live & (row < rows), other=0)
+    follow(OVERLAP)
     if count > 0:
-        line = tl.arange(0, BLOCK_M)
-        position = line // GROUP
         head = kv_head * GROUP + line % GROUP
-        live = position < count
-        token = (first + position).to(tl.int64)
         dimension = tl.arange(0, HEAD_DIM)
         q_at = q_ptr + token[:, None] * q_token + head[:, None] * q_head + dimension[None, :]
         q = tl.load(q_at, live[:, None], other=0.0)
         if UPCAST:
             q = q.to(tl.float32)
-        visible = tl.load(visible_ptr + token, live & (row < rows), other=0)
-        scratch_start = visible
-        scratch_end = visible
         end = tl.max(visible, axis=0)
         if SCRATCH:
-            scratch_start = tl.load(scratch_start_ptr + token, live & (row < rows), other=0)
-            scratch_end = tl.load(scratch_end_ptr + token, live & (row < rows), other=0)
             end = tl.maximum(end, tl.max(tl.where(scratch_end > scratch_start, scratch_end, 0), axis=0))
         all_see = tl.min(tl.where(live, visible, 0x7FFFFFFF), axis=0)
         split = tl.program_id(2)
@@ -249,7 +251,7 @@ def _tile_map(layout: AttentionLayout, positions: int, tokens: int) -> Tensor:
         found = torch.empty((tiles, 3), dtype=torch.int32, device=layout.query_start.device)
         _map_kernel[(triton.cdiv(tiles, _MAP_BLOCK),)](
             layout.query_start, found, rows, tokens, tiles, (rows + 1).bit_length(),
-            POSITIONS=positions, BLOCK=_MAP_BLOCK, **overlap(found.device, tokens),
+            POSITIONS=positions, BLOCK=_MAP_BLOCK,
         )  # fmt: skip
         layout.plans[key] = found
     result: Tensor = layout.plans[key]

@@ -3,7 +3,8 @@
 A GPU needs a microsecond or more between two kernels of a stream to drain the one and start the other. With
 programmatic dependent launch (Hopper and later) a kernel's programs are placed as soon as those of the kernel in front
 allow it, and wait for its results. Every kernel launched so calls `follow` in every program before it reads or writes
-what other kernels touch: only then do a wait for the last kernel and its end imply the end of all before it. (CUDA C++
+what other kernels touch: only then do a wait for the last kernel and its end imply the end of all before it. Kernels
+that do not call it, as torch's, let nobody start early: what they wrote may be read before `follow`. (CUDA C++
 Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol`.)
 """
 

@@ -79,17 +79,18 @@ def _rope_kernel(
     HEADS: tl.constexpr, NORM: tl.constexpr, FUSED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, tiles): tiles of HEADS heads, first those of q, then of k, then of v."""
-    follow(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     lane = tl.arange(0, HEADS)[:, None]
     slot = tl.load(slot_ptr + token).to(tl.int64) * kv_heads * head_dim
+    # Positions, slots and the table were written before any kernel that may still run.
+    position = tl.load(position_ptr + token).to(tl.int64)
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    row_ptr = table_ptr + position * table_row + column
+    cos = tl.load(row_ptr, column < HALF, other=0.0)
+    sin = tl.load(row_ptr + HALF, column < HALF, other=0.0)
+    follow(OVERLAP)
     if tile < q_tiles + k_tiles:
-        position = tl.load(position_ptr + token).to(tl.int64)
-        column = tl.arange(0, BLOCK_HALF)[None, :]
-        row_ptr = table_ptr + position * table_row + column
-        cos = tl.load(row_ptr, column < HALF, other=0.0)
-        sin = tl.load(row_ptr + HALF, column < HALF, other=0.0)
         if tile < q_tiles:
             _rotate_heads(
                 q_ptr + token * q_token, out_ptr + token * heads * head_dim, cos, sin, tile * HEADS + lane, heads,
