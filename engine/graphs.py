@@ -57,10 +57,10 @@ class StepGraphs:
         """
         shape = layout.shape
         key = (shape, version)
-        if shape.tokens > self._most or key in self._refused:
-            return None
         captured = self._captured.get(key)
         if captured is None:
+            if shape.tokens > self._most or key in self._refused:
+                return None
             if key not in self._seen:
                 self._seen[key] = None
                 if len(self._seen) > 4 * MAX_GRAPHS:

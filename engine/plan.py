@@ -91,29 +91,29 @@ class StepPlan:
 
 
 class RowReport(msgspec.Struct, frozen=True, gc=False):
-    """What a step did to one row.
+    """What a step did to one row, in the order in which the device packs it (`stages.report`).
 
-    window, decided: ids and flags of the active block as decided, from the `start` that the step began with.
     next_*: the row's new state and the span of its next whole step. segments: how many ran in this one.
     finish: 0 goes on, 1 a stop id ended it at `prefix` - 1, 2 max_tokens ended it.
     committed: positions decided in this step, `clean` of them by a clean row, the others for `REASONS[reason]`. edited:
     decided positions that became other tokens; remasked: those that became masks again.
+    window, decided: ids and flags of the active block as decided, from the `start` that the step began with.
     """
 
-    finish: int
-    prefix: int
-    window: list[int]
-    decided: list[bool]
     next_start: int
     next_final_len: int
     next_step: int
     next_run_start: int
     next_width: int
     next_targets: int
-    next_segments: int = 0
-    segments: int = 0
-    committed: int = 0
-    reason: int = RULE
-    clean: int = 0
-    edited: int = 0
-    remasked: int = 0
+    next_segments: int
+    segments: int
+    finish: int
+    prefix: int
+    committed: int
+    reason: int
+    clean: int
+    edited: int
+    remasked: int
+    window: list[int]
+    decided: list[bool]
