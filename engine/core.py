@@ -156,7 +156,7 @@ class EngineCore:
         # Outside of the handler, whose traceback holds the tensors of the forward.
         self._land()
         release_memory(self.runner.state.device)
-        fits = self._pressure.fail(sum(row.width + row.scratch for row in plan.rows))
+        fits = self._pressure.fail(sum(row.positions for row in plan.rows))
         self._bound_forwards()
         planned = self.scheduler.retreat()
         if planned and not fits:

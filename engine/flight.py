@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
+from itertools import count
+
 import torch
 from torch import Tensor
 
 from .layout import StepLayout
 from .plan import RowReport
 
-# Numbers of a row that come before its window.
+# Numbers of a row that are packed before its window.
 _HEAD = len(RowReport.__struct_fields__) - 2
 
 
@@ -40,13 +43,15 @@ class Flight:
         numbers = self._packed.numpy()
         reports: list[RowReport] = []
         first = 0
-        for group, count in zip(self._layout.shape.groups, self._layout.counts, strict=True):
+        for group, rows in zip(self._layout.shape.groups, self._layout.counts, strict=True):
             width = report_width(group.window)
             last = first + width * (group.last - group.first)
-            table = numbers[first:last].reshape(-1, width)[:count]  # [rows of the plan, 15 + 2 W]
-            heads, block = table[:, :_HEAD].tolist(), table[:, _HEAD:]
-            windows, decided = block[:, : group.window].tolist(), (block[:, group.window :] != 0).tolist()
-            reports += [RowReport(*head, ids, flags) for head, ids, flags in zip(heads, windows, decided, strict=True)]
+            table = numbers[first:last].reshape(-1, width)[:rows]  # [rows of the plan, 15 + 2 W]
+            heads, window, decided = table[:, :_HEAD], table[:, _HEAD : _HEAD + group.window], table[:, -group.window :]
+            # Not lists: of a window's ids few are ever looked at.
+            ids = array("i", window.tobytes())
+            for at, head, flags in zip(count(0, group.window), heads.tolist(), (decided != 0).tolist()):
+                reports.append(RowReport(ids[at : at + group.window], flags, *head))
             first = last
         return reports
 

@@ -12,7 +12,7 @@ import math
 import msgspec
 
 from .plan import RowPlan
-from .prices import marginal_cost, worthwhile_masks
+from .prices import worthwhile_masks
 from .sequence import Sequence
 
 # Rows of a frontier that may be fed where they cost next to nothing, whatever the last step fed: drafts come and go.
@@ -52,20 +52,19 @@ def known(sequence: Sequence) -> Coming:
         sequence.clean,
         sequence.targets,
         sequence.segments,
-        max(sequence.run_end, sequence.start + geometry.block, geometry.canvas),
+        max(sequence.run_start + sequence.width, sequence.start + geometry.block, geometry.canvas),
         geometry.segment,
     )
 
 
-def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Coming | None:
+def forecast(sequence: Sequence, row: RowPlan, cost: float) -> Coming | None:
     """`row` is under way; None where nothing can come behind it, or nothing is to be said of what does.
 
-    rows: of the coming forward; share: how much longer a forward takes for one more position (`marginal_cost`).
+    cost: of a position of the coming forward (`marginal_cost`).
     """
     geometry = sequence.geometry
     if is_cut(sequence, row):
         return _behind_chunk(sequence, row)
-    cost = marginal_cost(rows, share)
     if geometry.canvas:
         return None if sequence.caches_blocks else _behind_canvas(sequence)
     if geometry.refeeds:
@@ -77,11 +76,12 @@ def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Comin
     return _behind_block(sequence, cost)
 
 
-def shorten(coming: Coming, sequence: Sequence, rows: int, share: float) -> None:
-    """Leave out what of a draft segment costs more than it promises; rows, share: as of `forecast`."""
+def shorten(coming: Coming, sequence: Sequence, cost: float) -> None:
+    """Leave out what of a draft segment costs more than it promises; cost: as of `forecast`."""
     geometry = sequence.geometry
-    asked = sequence.request.decoding.values.get("row_cost")
-    cost = marginal_cost(rows, share) if asked is None else float(asked)
+    if not 0 < geometry.shortest < geometry.segment:
+        return
+    cost = float(sequence.request.decoding.values.get("row_cost", cost))
     coming.segment = geometry.shortest - 1 + worthwhile_masks(geometry.segment - geometry.shortest + 1, cost)
 
 
@@ -211,6 +211,6 @@ def _finishing(sequence: Sequence) -> float:
     left = decided.count(False) if decided else sequence.start + sequence.geometry.block - len(sequence.tokens)
     if left > sequence.targets:
         return 0.0
-    made = len(sequence.tokens) - sequence.prompt_len + sum(decided)
+    made = len(sequence.tokens) - sequence.prompt_len + (len(decided) - left if decided else 0)
     rate = max(made, 1) / max(sequence.forwards, 1)
     return min(max(rate, 1.0) / max(left, 1), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 import msgspec
@@ -73,6 +74,11 @@ class RowPlan(msgspec.Struct, frozen=True, gc=False):
     def scratch(self) -> int:
         return self.segments * self.segment
 
+    @property
+    def positions(self) -> int:
+        """Of the forward."""
+        return self.width + self.segments * self.segment
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -89,17 +95,24 @@ class StepPlan:
     forgets: list[int] = field(default_factory=list)
     learning: bool = False
 
+    @property
+    def empty(self) -> bool:
+        return not (self.rows or self.admissions or self.grants or self.keeps or self.forgets)
+
 
 class RowReport(msgspec.Struct, frozen=True, gc=False):
-    """What a step did to one row, in the order in which the device packs it (`stages.report`).
+    """What a step did to one row.
 
+    window, decided: ids and flags of the active block as decided, from the `start` that the step began with. The rest
+    in the order in which the device packs it (`stages.report`):
     next_*: the row's new state and the span of its next whole step. segments: how many ran in this one.
     finish: 0 goes on, 1 a stop id ended it at `prefix` - 1, 2 max_tokens ended it.
     committed: positions decided in this step, `clean` of them by a clean row, the others for `REASONS[reason]`. edited:
     decided positions that became other tokens; remasked: those that became masks again.
-    window, decided: ids and flags of the active block as decided, from the `start` that the step began with.
     """
 
+    window: Items[int]
+    decided: list[bool]
     next_start: int
     next_final_len: int
     next_step: int
@@ -115,5 +128,3 @@ class RowReport(msgspec.Struct, frozen=True, gc=False):
     clean: int
     edited: int
     remasked: int
-    window: list[int]
-    decided: list[bool]
