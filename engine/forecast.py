@@ -134,19 +134,20 @@ def _behind_frontier(sequence: Sequence, row: RowPlan, cost: float) -> Coming | 
     geometry, start = sequence.geometry, sequence.start
     if start + 1 >= sequence.limit:
         return None  # one token more, and it has ended
-    few = min(geometry.window, _FEW)
-    if few * cost > 1:
-        few = 1 + int(_ROOM / cost)
-    if geometry.shortest and not sequence.segments:
-        few = 1  # drafts come from masks, and none are under way
+    few = 1
+    # Drafts come from masks, where there are such.
+    if sequence.segments or not geometry.shortest:
+        few = min(geometry.window, _FEW)
+        if few * cost > 1:
+            few = 1 + int(_ROOM / cost)
     # Drafts often come every other step, from masks of the one between.
-    targets, segments = max(sequence.targets, sequence.before[0]), max(sequence.segments, sequence.before[1])
-    width = min(geometry.window, max(targets, few))
-    start += min(sequence.targets, row.targets)
-    coming = Coming(sequence.start, width, 0, width, segments, start + width, geometry.segment)
-    usual = sequence.targets + sequence.before[0] + (sequence.segments + sequence.before[1]) * geometry.segment
-    coming.spare = max(coming.width + coming.scratch - usual / 2, 0.0)
-    return coming
+    targets, segments = sequence.before
+    usual = sequence.targets + targets + (sequence.segments + segments) * geometry.segment
+    width = min(geometry.window, max(sequence.targets, targets, few))
+    segments = max(sequence.segments, segments)
+    reach = start + min(sequence.targets, row.targets) + width
+    spare = max(width + segments * geometry.segment - usual / 2, 0.0)
+    return Coming(start, width, 0, width, segments, reach, geometry.segment, spare)
 
 
 def _behind_window(sequence: Sequence, cost: float) -> Coming:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -157,22 +158,10 @@ def lay_out(
             order += [RowPlan(idle(strategy), strategy, 0, 0, 0)] * (count - (last - first))
         first = last
 
-    columns = np.array(
-        [
-            [row.slot for row in order],
-            [row.width for row in order],
-            [row.targets for row in order],
-            [row.segments for row in order],
-            [row.segment for row in order],
-        ],
-        np.int32,
-    )
-    _, widths, targets, scratch, length = columns
-    counted = widths + scratch * length
-    lengths = counted.tolist()
-    starts, firsts = _starts(counted), _starts(targets)
+    lengths = [row.width + row.segments * row.segment for row in order]
+    targets = [row.targets for row in order]
     query, visible = max(lengths), max([row.end for row in rows])
-    wanted, logits = int(starts[-1]), int(firsts[-1])
+    wanted, logits = sum(lengths), sum(targets)
     tokens = wanted
     if idle is not None:
         query, visible = _power(query, 4), _power(visible, 4, least=512)
@@ -180,34 +169,31 @@ def lay_out(
     shape = StepShape(tuple(groups), tokens, logits, query, visible, flags)
 
     array = np.empty(array_size(shape), np.int32)
-    table = array[: 8 * len(order)].reshape(8, len(order))
-    table[:5] = columns
-    np.maximum(length, 1, out=table[4])
+    table, rest = array[: 8 * len(order)].reshape(8, -1), array[8 * len(order) :]
+    table[:5] = [
+        [row.slot for row in order],
+        [row.width for row in order],
+        targets,
+        [row.segments for row in order],
+        [row.segment or 1 for row in order],
+    ]
     for group in groups:
         cls = classes[group.strategy]
         table[5:, group.first : group.last] = [[not cls.frontier], [cls.refeeds], [group.causal]]
-    rest = array[table.size :]
-    rest[: starts.size] = starts
-    rest = rest[starts.size :]
-    _fill_ragged(rest[: 2 * tokens].reshape(2, tokens), counted, starts)
-    _fill_ragged(rest[2 * tokens : -1].reshape(2, logits), targets, firsts)
+    starts, rest = rest[: len(order) + 1], rest[len(order) + 1 :]
+    starts[:] = [0, *accumulate(lengths)]
+    _fill_ragged(rest[: 2 * tokens].reshape(2, tokens), starts)
+    _fill_ragged(rest[2 * tokens : -1].reshape(2, logits), np.array([0, *accumulate(targets)], np.int32))
     rest[-1:].view(np.float32)[0] = row_cost
     return StepLayout(shape, array, wanted, counts, lengths)
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
-    """[rows + 1]: where each row of `counts` entries begins, and where the last one ends."""
-    starts = np.zeros(len(counts) + 1, np.int32)
-    counts.cumsum(out=starts[1:])
-    return starts
-
-
-def _fill_ragged(out: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
-    """out: [2, entries], of each its row and its place within the row; entries may go on behind those of `counts`."""
-    total = starts[-1]
-    row, place = out
-    row[:total] = np.arange(len(counts), dtype=np.int32).repeat(counts)
-    row[total:] = len(counts) - 1
+def _fill_ragged(out: np.ndarray, starts: np.ndarray) -> None:
+    """out: [2, entries], of each its row and its place within the row; row r's entries are starts[r] .. starts[r + 1],
+    and those that go on behind the last one are nobody's."""
+    (row, place), total = out, int(starts[-1])
+    row[:total] = np.arange(len(starts) - 1).repeat(starts[1:] - starts[:-1])
+    row[total:] = len(starts) - 2
     place[:total] = np.arange(total, dtype=np.int32) - starts[row[:total]]
     place[total:] = _BEYOND
 

@@ -145,9 +145,10 @@ class Scheduler:
             if not width:
                 continue
             row = self._row(sequence, coming, width)
+            positions = row.positions
             try:
                 # Ahead: wherever these positions will stand.
-                end = row.end if ahead else max(coming.run_start + row.positions, sequence.geometry.canvas)
+                end = row.end if ahead else max(coming.run_start + positions, sequence.geometry.canvas)
                 grant = self.holdings.extend(sequence, end)
             except OutOfPages:
                 if ahead:
@@ -157,10 +158,11 @@ class Scheduler:
                 if not width:
                     continue
                 row = self._row(sequence, coming, width)
+                positions = row.positions
             if grant:
                 grants[sequence] = grant
             rows[sequence] = row
-            budget = max(budget - row.positions, 0)
+            budget = max(budget - positions, 0)
 
         admissions = []
         # Whoever was preempted just now must not take the pages back before the older ones have what they need.
