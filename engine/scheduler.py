@@ -162,7 +162,7 @@ class Scheduler:
             if grant:
                 grants[sequence] = grant
             rows[sequence] = row
-            budget = max(budget - positions, 0)
+            budget -= positions
 
         admissions = []
         # Whoever was preempted just now must not take the pages back before the older ones have what they need.
@@ -181,7 +181,7 @@ class Scheduler:
             width = self._width(sequence, coming, budget, alone=not rows)
             if width:
                 rows[sequence] = row = self._row(sequence, coming, width)
-                budget = max(budget - row.positions, 0)
+                budget -= row.positions
 
         self._step += 1
         for sequence in rows:
@@ -249,7 +249,7 @@ class Scheduler:
             return coming.width
         # A frontier needs no grid.
         unit = 1 if sequence.geometry.feed else sequence.geometry.block
-        width = min(coming.clean, budget) // unit * unit
+        width = max(min(coming.clean, budget), 0) // unit * unit
         if width or not alone:
             return width
         return unit if unit <= coming.clean else coming.width
