@@ -94,7 +94,10 @@ def what_ran(sequence: Sequence, row: RowPlan, segments: int) -> RowPlan:
     if is_cut(sequence, row):
         clean = 0 if sequence.geometry.canvas else sequence.start - sequence.run_start
         width, targets = max(min(row.width, clean), 0), 0
-    width, targets = min(width, row.width), min(targets, row.targets)
+    if width > row.width:
+        width = row.width
+    if targets > row.targets:
+        targets = row.targets
     if sequence.geometry.refeeds and targets:
         # Drafts beyond those that are asked about are not fed, nor asked about those that are not fed.
         width = min(width, sequence.clean + targets)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -181,19 +180,20 @@ def lay_out(
         cls = classes[group.strategy]
         table[5:, group.first : group.last] = [[not cls.frontier], [cls.refeeds], [group.causal]]
     starts, rest = rest[: len(order) + 1], rest[len(order) + 1 :]
-    starts[:] = [0, *accumulate(lengths)]
-    _fill_ragged(rest[: 2 * tokens].reshape(2, tokens), starts)
-    _fill_ragged(rest[2 * tokens : -1].reshape(2, logits), np.array([0, *accumulate(targets)], np.int32))
+    _fill_ragged(rest[: 2 * tokens].reshape(2, tokens), table[1] + table[3] * table[4], starts)
+    _fill_ragged(rest[2 * tokens : -1].reshape(2, logits), table[2], np.empty_like(starts))
     rest[-1:].view(np.float32)[0] = row_cost
     return StepLayout(shape, array, wanted, counts, lengths)
 
 
-def _fill_ragged(out: np.ndarray, starts: np.ndarray) -> None:
-    """out: [2, entries], of each its row and its place within the row; row r's entries are starts[r] .. starts[r + 1],
-    and those that go on behind the last one are nobody's."""
+def _fill_ragged(out: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
+    """Of rows of `counts` entries. out: [2, entries], the row of each and its place within that row; those that go on
+    behind the last row are nobody's. starts: [rows + 1], where each row begins, and where the last one ends."""
+    starts[0] = 0
+    counts.cumsum(out=starts[1:])
     (row, place), total = out, int(starts[-1])
-    row[:total] = np.arange(len(starts) - 1).repeat(starts[1:] - starts[:-1])
-    row[total:] = len(starts) - 2
+    row[:total] = np.arange(len(counts)).repeat(counts)
+    row[total:] = len(counts) - 1
     place[:total] = np.arange(total, dtype=np.int32) - starts[row[:total]]
     place[total:] = _BEYOND
 

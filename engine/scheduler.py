@@ -28,9 +28,8 @@ from .sequence import Sequence, Status
 # has nothing to do is lost for certain.
 _SURE = 2.0
 
-# Who was left out of the last forward comes first, then who denoises.
-_TURN = attrgetter("last_step", "prefilling")
-_PLACE = attrgetter("strategy", "order")
+# In planning, who was left out of the last forward comes first, then who denoises; in the plan, by strategy.
+_TURN, _PLACE = attrgetter("last_step", "prefilling"), attrgetter("strategy", "order")
 
 
 class Scheduler:

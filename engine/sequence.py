@@ -24,7 +24,6 @@ class Sequence:
     """Host mirror of a row, as of the last report.
 
     prompt_len: of the request's prompt. limit: position at which max_tokens ends the text.
-
     tokens: prompt and committed prefix. The prefix ends at the first undecided position.
     start: first position of the active block. final_len: slots below it hold final K/V.
     window, decided: ids and flags of the active block's positions from `start` on (empty: nothing is decided there).
