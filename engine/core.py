@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import msgspec
 
-from .decoding.registry import build_strategies, offered
+from .decoding.registry import offered, strategy_classes
 from .decoding.strategy import Equipment
 from .family import FamilyTraits
 from .flight import Flight
@@ -156,7 +156,7 @@ class EngineCore:
         # Outside of the handler, whose traceback holds the tensors of the forward.
         self._land()
         release_memory(self.runner.state.device)
-        fits = self._pressure.fail(sum(row.width + row.scratch for row in plan.rows))
+        fits = self._pressure.fail(sum(row.positions for row in plan.rows))
         self._bound_forwards()
         planned = self.scheduler.retreat()
         if planned and not fits:
@@ -226,7 +226,7 @@ class EngineCore:
 def geometry_of(request: AddRequest, traits: FamilyTraits) -> Geometry:
     """How the steps of a request's sequences are laid out."""
     values = request.decoding.values
-    strategy = build_strategies(False)[request.decoding.strategy]
+    strategy = strategy_classes()[request.decoding.strategy]()
     window = strategy.window(values, traits)
     if strategy.frontier:
         return Geometry(

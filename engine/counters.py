@@ -43,46 +43,43 @@ class SchedulerCounters:
     forward_positions: Histogram = field(default_factory=lambda: Histogram("forward_positions"))
     forward_rows: Histogram = field(default_factory=lambda: Histogram("forward_rows"))
 
-    @property
-    def positions(self) -> tuple[int, int, int]:
-        return self.prefill_positions, self.commit_positions, self.denoise_positions
-
-    def count_forward(self, rows: int, before: tuple[int, int, int]) -> None:
-        """One forward of `rows` rows that had something to do; `before`: the `positions` before they were counted."""
-        ran = [after - then for after, then in zip(self.positions, before, strict=True)]
-        kinds = [kind for kind, count in zip(FORWARD_KINDS[:3], ran, strict=True) if count] or ["idle"]
+    def count_forward(self, ran: list[tuple[Sequence, RowPlan, RowReport]]) -> None:
+        """One forward, by the rows that had something to do. The sequences are as they were before."""
+        prefill = commit = denoise = 0
+        for sequence, row, report in ran:
+            clean = sequence.clean
+            if clean:
+                clean = min(row.width, clean)
+                of_prompt = min(clean, max(sequence.prompt_len - sequence.run_start, 0))
+                prefill += of_prompt
+                commit += clean - of_prompt
+            denoise += row.width - clean + row.segments * row.segment
+            # The device does not know who was aborted.
+            if row.targets and sequence.slot is not None:
+                self._count_decisions(sequence, row, report)
+        counts = prefill, commit, denoise
+        self.prefill_positions += prefill
+        self.commit_positions += commit
+        self.denoise_positions += denoise
+        kinds = [kind for kind, count in zip(FORWARD_KINDS[:3], counts, strict=True) if count] or ["idle"]
         self.forwards[kinds[0] if len(kinds) == 1 else "mixed"] += 1
-        self.forward_positions.observe(sum(ran))
-        self.forward_rows.observe(rows)
+        self.forward_positions.observe(sum(counts))
+        self.forward_rows.observe(len(ran))
 
-    def count_positions(self, sequence: Sequence, row: RowPlan) -> None:
-        """A row has run. The sequence is as it was before."""
-        # Called for every row of every step, as is `count_row`: written for speed.
-        clean = sequence.clean
-        if clean:
-            clean = min(row.width, clean)
-            prefill = min(clean, max(sequence.prompt_len - sequence.run_start, 0))
-            self.prefill_positions += prefill
-            self.commit_positions += clean - prefill
-        self.denoise_positions += row.width - clean + row.segments * row.segment
-
-    def count_row(self, sequence: Sequence, row: RowPlan, report: RowReport) -> None:
-        """What a row has done. The sequence is as it was before."""
-        if not row.targets:
-            return
+    def _count_decisions(self, sequence: Sequence, row: RowPlan, report: RowReport) -> None:
         sequence.block_steps += 1
-        committed = report.committed
-        if sequence.geometry.refeeds:
-            if committed:
-                self.drafted_tokens += row.targets - 1
-                self.accepted_tokens += committed - 1
-                self.commits["draft"] += committed - 1
-                self.commits["clean"] += 1
+        committed, commits = report.committed, self.commits
+        if committed and sequence.geometry.refeeds:
+            self.drafted_tokens += row.targets - 1
+            self.accepted_tokens += committed - 1
+            commits["draft"] += committed - 1
+            commits["clean"] += 1
         elif committed:
-            self.commits["clean"] += report.clean
-            self.commits[REASONS[report.reason]] += committed - report.clean
-        self.edited_tokens += report.edited
-        self.remasked_tokens += report.remasked
+            commits["clean"] += report.clean
+            commits[REASONS[report.reason]] += committed - report.clean
+        if report.edited or report.remasked:
+            self.edited_tokens += report.edited
+            self.remasked_tokens += report.remasked
         if sequence.caches_blocks:
             self._count_cache(sequence, row)
 

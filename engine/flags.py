@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cache
+from operator import or_
 
 from .decoding.strategy import Needs, Strategy
 from .params import DecodingParams, SamplingParams
@@ -23,7 +24,7 @@ class SamplingFlags:
     smoothed: bool = False  # some row's masks are to be mixed with what they say
 
     def __or__(self, other: SamplingFlags) -> SamplingFlags:
-        return SamplingFlags(*(a or b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return self if other == self else SamplingFlags(*map(or_, vars(self).values(), vars(other).values()))
 
 
 def flags_of(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
+from itertools import count
+
 import torch
 from torch import Tensor
 
 from .layout import StepLayout
 from .plan import RowReport
 
-_HEAD = 15
+# Numbers of a row that are packed before its window.
+_HEAD = len(RowReport.__struct_fields__) - 2
 
 
 def report_width(window: int) -> int:
@@ -36,14 +40,20 @@ class Flight:
         """Wait for the step; its reports in the order of the plan's rows."""
         if self._done is not None:
             self._done.synchronize()
-        numbers: list[int] = self._packed.tolist()
-        reports, first = [], 0
-        for group in self._layout.shape.groups:
+        numbers = self._packed.numpy()
+        reports: list[RowReport] = []
+        first = 0
+        for group, rows in zip(self._layout.shape.groups, self._layout.counts, strict=True):
             width = report_width(group.window)
             last = first + width * (group.last - group.first)
-            reports += [_unpacked(numbers[at : at + width], group.window) for at in range(first, last, width)]
+            table = numbers[first:last].reshape(-1, width)[:rows]  # [rows of the plan, 15 + 2 W]
+            heads, window, decided = table[:, :_HEAD], table[:, _HEAD : _HEAD + group.window], table[:, -group.window :]
+            # Not lists: of a window's ids few are ever looked at.
+            ids = array("i", window.tobytes())
+            for at, head, flags in zip(count(0, group.window), heads.tolist(), (decided != 0).tolist()):
+                reports.append(RowReport(ids[at : at + group.window], flags, *head))
             first = last
-        return [reports[place] for place in self._layout.places]
+        return reports
 
     def times(self, before: Flight | None) -> tuple[float, float | None] | None:
         """Once it has landed: seconds that the device was at it, and seconds that it had nothing to do since the end of
@@ -54,28 +64,3 @@ class Flight:
         if before is not None and before._done is not None:
             gap = max(before._done.elapsed_time(self._began), 0.0) * 1e-3
         return self._began.elapsed_time(self._done) * 1e-3, gap
-
-
-def _unpacked(row: list[int], window: int) -> RowReport:
-    """row: [report_width(window)], as `ModelRunner._advance` packs it."""
-    start, final_len, step, run_start, width, targets, segments, segments_run = row[:8]
-    finish, prefix, committed, reason, clean, edited, remasked = row[8:_HEAD]
-    return RowReport(
-        finish=finish,
-        prefix=prefix,
-        window=row[_HEAD : _HEAD + window],
-        decided=[bool(flag) for flag in row[_HEAD + window :]],
-        next_start=start,
-        next_final_len=final_len,
-        next_step=step,
-        next_run_start=run_start,
-        next_width=width,
-        next_targets=targets,
-        next_segments=segments,
-        segments=segments_run,
-        committed=committed,
-        reason=reason,
-        clean=clean,
-        edited=edited,
-        remasked=remasked,
-    )

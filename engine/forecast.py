@@ -12,7 +12,7 @@ import math
 import msgspec
 
 from .plan import RowPlan
-from .prices import marginal_cost, worthwhile_masks
+from .prices import worthwhile_masks
 from .sequence import Sequence
 
 # Rows of a frontier that may be fed where they cost next to nothing, whatever the last step fed: drafts come and go.
@@ -45,27 +45,19 @@ class Coming(msgspec.Struct, gc=False):
 
 def known(sequence: Sequence) -> Coming:
     """No step of it is under way."""
-    geometry = sequence.geometry
-    return Coming(
-        sequence.run_start,
-        sequence.width,
-        sequence.clean,
-        sequence.targets,
-        sequence.segments,
-        max(sequence.run_end, sequence.start + geometry.block, geometry.canvas),
-        geometry.segment,
-    )
+    geometry, run_start, width = sequence.geometry, sequence.run_start, sequence.width
+    reach = max(run_start + width, sequence.start + geometry.block, geometry.canvas)
+    return Coming(run_start, width, sequence.clean, sequence.targets, sequence.segments, reach, geometry.segment)
 
 
-def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Coming | None:
+def forecast(sequence: Sequence, row: RowPlan, cost: float) -> Coming | None:
     """`row` is under way; None where nothing can come behind it, or nothing is to be said of what does.
 
-    rows: of the coming forward; share: how much longer a forward takes for one more position (`marginal_cost`).
+    cost: of a position of the coming forward (`marginal_cost`).
     """
     geometry = sequence.geometry
     if is_cut(sequence, row):
         return _behind_chunk(sequence, row)
-    cost = marginal_cost(rows, share)
     if geometry.canvas:
         return None if sequence.caches_blocks else _behind_canvas(sequence)
     if geometry.refeeds:
@@ -77,11 +69,12 @@ def forecast(sequence: Sequence, row: RowPlan, rows: int, share: float) -> Comin
     return _behind_block(sequence, cost)
 
 
-def shorten(coming: Coming, sequence: Sequence, rows: int, share: float) -> None:
-    """Leave out what of a draft segment costs more than it promises; rows, share: as of `forecast`."""
+def shorten(coming: Coming, sequence: Sequence, cost: float) -> None:
+    """Leave out what of a draft segment costs more than it promises; cost: as of `forecast`."""
     geometry = sequence.geometry
-    asked = sequence.request.decoding.values.get("row_cost")
-    cost = marginal_cost(rows, share) if asked is None else float(asked)
+    if not 0 < geometry.shortest < geometry.segment:
+        return
+    cost = float(sequence.request.decoding.values.get("row_cost", cost))
     coming.segment = geometry.shortest - 1 + worthwhile_masks(geometry.segment - geometry.shortest + 1, cost)
 
 
@@ -101,7 +94,10 @@ def what_ran(sequence: Sequence, row: RowPlan, segments: int) -> RowPlan:
     if is_cut(sequence, row):
         clean = 0 if sequence.geometry.canvas else sequence.start - sequence.run_start
         width, targets = max(min(row.width, clean), 0), 0
-    width, targets = min(width, row.width), min(targets, row.targets)
+    if width > row.width:
+        width = row.width
+    if targets > row.targets:
+        targets = row.targets
     if sequence.geometry.refeeds and targets:
         # Drafts beyond those that are asked about are not fed, nor asked about those that are not fed.
         width = min(width, sequence.clean + targets)
@@ -134,19 +130,23 @@ def _behind_frontier(sequence: Sequence, row: RowPlan, cost: float) -> Coming | 
     geometry, start = sequence.geometry, sequence.start
     if start + 1 >= sequence.limit:
         return None  # one token more, and it has ended
-    few = min(geometry.window, _FEW)
-    if few * cost > 1:
-        few = 1 + int(_ROOM / cost)
-    if geometry.shortest and not sequence.segments:
-        few = 1  # drafts come from masks, and none are under way
+    few = 1
+    # Drafts come from masks, where there are such.
+    if sequence.segments or not geometry.shortest:
+        few = min(geometry.window, _FEW)
+        if few * cost > 1:
+            few = 1 + int(_ROOM / cost)
     # Drafts often come every other step, from masks of the one between.
-    targets, segments = max(sequence.targets, sequence.before[0]), max(sequence.segments, sequence.before[1])
-    width = min(geometry.window, max(targets, few))
-    start += min(sequence.targets, row.targets)
-    coming = Coming(sequence.start, width, 0, width, segments, start + width, geometry.segment)
-    usual = sequence.targets + sequence.before[0] + (sequence.segments + sequence.before[1]) * geometry.segment
-    coming.spare = max(coming.width + coming.scratch - usual / 2, 0.0)
-    return coming
+    targets, segments = sequence.before
+    usual = sequence.targets + targets + (sequence.segments + segments) * geometry.segment
+    width = min(geometry.window, max(sequence.targets, targets, few))
+    # Written for speed, as for every row of every step: `max` takes as long as all else of its line.
+    segments = segments if segments > sequence.segments else sequence.segments
+    asked = row.targets if row.targets < sequence.targets else sequence.targets
+    spare = width + segments * geometry.segment - usual / 2
+    return Coming(
+        start, width, 0, width, segments, start + asked + width, geometry.segment, spare if spare > 0 else 0.0
+    )
 
 
 def _behind_window(sequence: Sequence, cost: float) -> Coming:
@@ -211,6 +211,7 @@ def _finishing(sequence: Sequence) -> float:
     left = decided.count(False) if decided else sequence.start + sequence.geometry.block - len(sequence.tokens)
     if left > sequence.targets:
         return 0.0
-    made = len(sequence.tokens) - sequence.prompt_len + sum(decided)
-    rate = max(made, 1) / max(sequence.forwards, 1)
-    return min(max(rate, 1.0) / max(left, 1), 1.0)
+    made = len(sequence.tokens) - sequence.prompt_len + (len(decided) - left if decided else 0)
+    forwards = sequence.forwards or 1
+    rate = made / forwards if made > forwards else 1.0
+    return rate / left if left > rate else 1.0

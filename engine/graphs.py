@@ -28,6 +28,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     array: Tensor
     result: Tensor
+    used: int = 0  # replays of all graphs before its last one
 
 
 def most_positions(parameters: int) -> int:
@@ -44,7 +45,7 @@ class StepGraphs:
 
     def __init__(self, step: Step, device: torch.device, most: int) -> None:
         self._step, self._device, self._most = step, device, most
-        self._captured: OrderedDict[object, _Captured] = OrderedDict()
+        self._captured: dict[object, _Captured] = {}
         self._seen: OrderedDict[object, None] = OrderedDict()
         self._refused: set[object] = set()
         self._pool = torch.cuda.graph_pool_handle()
@@ -57,10 +58,10 @@ class StepGraphs:
         """
         shape = layout.shape
         key = (shape, version)
-        if shape.tokens > self._most or key in self._refused:
-            return None
         captured = self._captured.get(key)
         if captured is None:
+            if shape.tokens > self._most or key in self._refused:
+                return None
             if key not in self._seen:
                 self._seen[key] = None
                 if len(self._seen) > 4 * MAX_GRAPHS:
@@ -73,7 +74,7 @@ class StepGraphs:
                 log.warning("a step of %d positions runs without a graph: %s", shape.tokens, str(error)[:300])
                 self._refused.add(key)
                 return None
-        self._captured.move_to_end(key)
+        captured.used = self.replays
         captured.array.copy_(torch.from_numpy(layout.array).pin_memory(), non_blocking=True)
         captured.graph.replay()
         self.replays += 1
@@ -90,7 +91,7 @@ class StepGraphs:
 
     def _capture(self, key: object, shape: StepShape) -> _Captured:
         while len(self._captured) >= MAX_GRAPHS:
-            self._captured.popitem(last=False)
+            del self._captured[min(self._captured, key=lambda key: self._captured[key].used)]
         self.captures += 1
         array = torch.zeros(array_size(shape), dtype=torch.int32, device=self._device)
         torch.cuda.synchronize()

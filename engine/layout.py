@@ -86,13 +86,13 @@ class StepInputs:
 
 @dataclass
 class StepLayout:
-    """array: int32, as `step_inputs` reads it. tokens: of the plan's rows. places: where these stand among the step's
-    rows. lengths: positions of each of the step's rows."""
+    """array: int32, as `step_inputs` reads it. tokens: of the plan's rows. counts: of these, in each group; idle rows
+    stand behind them. lengths: positions of each of the step's rows."""
 
     shape: StepShape
     array: np.ndarray
     tokens: int
-    places: list[int]
+    counts: list[int]
     lengths: list[int]
 
 
@@ -129,72 +129,73 @@ def lay_out(
     """
     classes = strategy_classes()
     groups: list[Group] = []
-    order: list[RowPlan | None] = []
-    places: list[int] = []
-    slots: list[int] = []
+    counts: list[int] = []
+    order: list[RowPlan] = []
     first = 0
     while first < len(rows):
         strategy, last = rows[first].strategy, first + 1
         while last < len(rows) and rows[last].strategy == strategy:
             last += 1
-        mine = rows[first:last]
+        mine, cls = rows[first:last], classes[strategy]
         count = last - first if idle is None else _power(last - first)
-        segments = max(row.segments for row in mine)
+        segments = max([row.segments for row in mine])
         groups.append(
             Group(
                 strategy,
                 len(order),
                 len(order) + count,
                 max(windows[first:last]),
-                segments if idle is None or not segments else _power(segments) if classes[strategy].branches else 1,
-                max(row.segment for row in mine) if segments else 0,
-                classes[strategy].branches and classes[strategy].frontier,
-                classes[strategy].frontier,
+                segments if idle is None or not segments else _power(segments) if cls.branches else 1,
+                max([row.segment for row in mine]) if segments else 0,
+                cls.branches and cls.frontier,
+                cls.frontier,
             )
         )
-        places += range(len(order), len(order) + last - first)
-        order += [*mine, *[None] * (count - (last - first))]
-        slots += [row.slot for row in mine]
-        if idle is not None:
-            slots += [idle(strategy)] * (count - (last - first))
+        counts.append(last - first)
+        order += mine
+        if idle is not None and count > last - first:
+            order += [RowPlan(idle(strategy), strategy, 0, 0, 0)] * (count - (last - first))
         first = last
 
-    widths = np.array([0 if row is None else row.width + row.scratch for row in order])
-    targets = np.array([0 if row is None else row.targets for row in order])
-    query, visible = int(widths.max()), max(row.end for row in rows)
-    wanted, logits = int(widths.sum()), int(targets.sum())
+    lengths = [row.width + row.segments * row.segment for row in order]
+    targets = [row.targets for row in order]
+    query, visible = max(lengths), max([row.end for row in rows])
+    wanted, logits = sum(lengths), sum(targets)
     tokens = wanted
     if idle is not None:
         query, visible = _power(query, 4), _power(visible, 4, least=512)
         tokens, logits = _few_sizes(wanted), _power(logits) if logits else 0
     shape = StepShape(tuple(groups), tokens, logits, query, visible, flags)
-    starts = np.concatenate([[0], np.cumsum(widths)])
-    columns = [
-        slots,
-        [0 if row is None else row.width for row in order],
+
+    array = np.empty(array_size(shape), np.int32)
+    table, rest = array[: 8 * len(order)].reshape(8, -1), array[8 * len(order) :]
+    table[:5] = [
+        [row.slot for row in order],
+        [row.width for row in order],
         targets,
-        [0 if row is None else row.segments for row in order],
-        [1 if row is None else max(row.segment, 1) for row in order],
-        [int(not g.frontier) for g in groups for _ in range(g.first, g.last)],
-        [int(classes[g.strategy].refeeds) for g in groups for _ in range(g.first, g.last)],
-        [int(g.causal) for g in groups for _ in range(g.first, g.last)],
-        starts,
-        *_ragged(widths, starts, tokens),
-        *_ragged(targets, np.concatenate([[0], np.cumsum(targets)]), logits),
-        np.array([row_cost], np.float32).view(np.int32),
+        [row.segments for row in order],
+        [row.segment or 1 for row in order],
     ]
-    array = np.concatenate([np.asarray(column, np.int32) for column in columns])
-    return StepLayout(shape, array, wanted, places, widths.tolist())
+    for group in groups:
+        cls = classes[group.strategy]
+        table[5:, group.first : group.last] = [[not cls.frontier], [cls.refeeds], [group.causal]]
+    starts, rest = rest[: len(order) + 1], rest[len(order) + 1 :]
+    _fill_ragged(rest[: 2 * tokens].reshape(2, tokens), table[1] + table[3] * table[4], starts)
+    _fill_ragged(rest[2 * tokens : -1].reshape(2, logits), table[2], np.empty_like(starts))
+    rest[-1:].view(np.float32)[0] = row_cost
+    return StepLayout(shape, array, wanted, counts, lengths)
 
 
-def _ragged(counts: np.ndarray, starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and place within the row of every entry of rows of `counts`; entries up to `size` lie beyond the last row."""
-    total = int(starts[-1])
-    row = np.full(size, len(counts) - 1)
-    place = np.full(size, _BEYOND)
-    row[:total] = np.repeat(np.arange(len(counts)), counts)
-    place[:total] = np.arange(total) - np.repeat(starts[:-1], counts)
-    return row, place
+def _fill_ragged(out: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
+    """Of rows of `counts` entries. out: [2, entries], the row of each and its place within that row; those that go on
+    behind the last row are nobody's. starts: [rows + 1], where each row begins, and where the last one ends."""
+    starts[0] = 0
+    counts.cumsum(out=starts[1:])
+    (row, place), total = out, int(starts[-1])
+    row[:total] = np.arange(len(counts)).repeat(counts)
+    row[total:] = len(counts) - 1
+    place[:total] = np.arange(total, dtype=np.int32) - starts[row[:total]]
+    place[total:] = _BEYOND
 
 
 def _few_sizes(count: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 import msgspec
@@ -73,6 +74,11 @@ class RowPlan(msgspec.Struct, frozen=True, gc=False):
     def scratch(self) -> int:
         return self.segments * self.segment
 
+    @property
+    def positions(self) -> int:
+        """Of the forward."""
+        return self.width + self.segments * self.segment
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -89,20 +95,23 @@ class StepPlan:
     forgets: list[int] = field(default_factory=list)
     learning: bool = False
 
+    @property
+    def empty(self) -> bool:
+        return not (self.rows or self.admissions or self.grants or self.keeps or self.forgets)
+
 
 class RowReport(msgspec.Struct, frozen=True, gc=False):
     """What a step did to one row.
 
-    window, decided: ids and flags of the active block as decided, from the `start` that the step began with.
+    window, decided: ids and flags of the active block as decided, from the `start` that the step began with. The rest
+    in the order in which the device packs it (`stages.report`):
     next_*: the row's new state and the span of its next whole step. segments: how many ran in this one.
     finish: 0 goes on, 1 a stop id ended it at `prefix` - 1, 2 max_tokens ended it.
     committed: positions decided in this step, `clean` of them by a clean row, the others for `REASONS[reason]`. edited:
     decided positions that became other tokens; remasked: those that became masks again.
     """
 
-    finish: int
-    prefix: int
-    window: list[int]
+    window: Items[int]
     decided: list[bool]
     next_start: int
     next_final_len: int
@@ -110,10 +119,12 @@ class RowReport(msgspec.Struct, frozen=True, gc=False):
     next_run_start: int
     next_width: int
     next_targets: int
-    next_segments: int = 0
-    segments: int = 0
-    committed: int = 0
-    reason: int = RULE
-    clean: int = 0
-    edited: int = 0
-    remasked: int = 0
+    next_segments: int
+    segments: int
+    finish: int
+    prefix: int
+    committed: int
+    reason: int
+    clean: int
+    edited: int
+    remasked: int

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -183,16 +185,15 @@ class ModelRunner:
         return Forward(shape, inputs, hidden, targets, fresh, fresh)
 
     def _lay_out(self, plan: StepPlan) -> StepLayout:
-        flags = SamplingFlags()
+        slots = [row.slot for row in plan.rows]
         # By identity: most rows' flags are one object, and its hash costs more than all else here.
-        for some in {id(own): own for own in (self._flags[row.slot] for row in plan.rows)}.values():
-            flags |= some
+        different = {id(own): own for own in map(self._flags.__getitem__, slots)}
         # Larger forwards are prefill: there the device is the slower side anyway, and padding would cost.
-        small = sum(row.width + row.scratch for row in plan.rows) <= self._most
+        small = sum([row.width + row.segments * row.segment for row in plan.rows]) <= self._most
         return lay_out(
             plan.rows,
-            [self._windows[row.slot] for row in plan.rows],
-            flags,
+            [self._windows[slot] for slot in slots],
+            reduce(or_, different.values()),
             marginal_cost(len(plan.rows), self.row_share),
             self._idle.__getitem__ if self.rounding and small else None,
         )

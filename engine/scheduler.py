@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from operator import attrgetter
 
 from .cache.holdings import Holdings, slot_of
 from .cache.pages import OutOfPages, PagePool
@@ -20,12 +21,15 @@ from .cache.prefix import PrefixCache
 from .counters import SchedulerCounters
 from .forecast import Coming, forecast, known, shorten, what_ran
 from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
-from .prices import waiting_ms
+from .prices import marginal_cost, waiting_ms
 from .sequence import Sequence, Status
 
 # How many times as long as the wait for the host something must take to be worth it: hosts differ, and a device that
 # has nothing to do is lost for certain.
 _SURE = 2.0
+
+# In planning, who was left out of the last forward comes first, then who denoises; in the plan, by strategy.
+_TURN, _PLACE = attrgetter("last_step", "prefilling"), attrgetter("strategy", "order")
 
 
 class Scheduler:
@@ -54,7 +58,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by order of arrival
         self.running: list[Sequence] = []  # by order of arrival
         self.holdings = Holdings(pool, prefix, page_size, max_running)
-        self._under_way: deque[list[tuple[Sequence, RowPlan]]] = deque()  # the rows of plans, oldest first
+        self._under_way: deque[dict[Sequence, RowPlan]] = deque()  # the rows of plans in their order, oldest first
         self._short = False  # of pages: somebody was left out of a plan made ahead
         self._step = 0
         self._keeps: list[tuple[int, int]] = []
@@ -104,22 +108,24 @@ class Scheduler:
         if self._short:
             return None
         comings: dict[Sequence, Coming] = {}
-        under_way = dict(self._under_way[-1])
-        share, rows, spare = self.row_share, len(self.running), 0.0
+        under_way = self._under_way[-1]
+        rows, spare = len(self.running), 0.0
+        cost, most = marginal_cost(rows, self.row_share), _SURE * waiting_ms(rows)
         for sequence in self.running:
             if sequence.caches_blocks and sequence.geometry.canvas:
                 return None  # part of the canvas or all of it: too far apart
             row = under_way.get(sequence)
-            coming = known(sequence) if row is None else forecast(sequence, row, rows, share)
-            if coming is not None:
-                comings[sequence] = coming
-                spare += coming.spare
-        if spare * share * self.forward_ms > _SURE * waiting_ms(rows):
-            return None
+            coming = known(sequence) if row is None else forecast(sequence, row, cost)
+            if coming is None:
+                continue
+            comings[sequence] = coming
+            spare += coming.spare
+            if spare * self.row_share * self.forward_ms > most:
+                return None
         if not comings and not self.waiting:
             return None
         plan = self._plan(comings, ahead=True)
-        return plan if plan != StepPlan() else None
+        return None if plan.empty else plan
 
     def _plan(self, comings: dict[Sequence, Coming], ahead: bool) -> StepPlan:
         """comings: of the running sequences that may take part."""
@@ -129,23 +135,33 @@ class Scheduler:
         preemptions = self.counters.preemptions
 
         # They come in the order of arrival, which the sort keeps.
-        for sequence in sorted(comings, key=lambda s: (s.last_step, s.prefilling)):
-            if (budget <= 0 and rows) or sequence.status is not Status.RUNNING:
+        for sequence in sorted(comings, key=_TURN):
+            # Who has no slot was preempted for an older one.
+            if (budget <= 0 and rows) or sequence.slot is None:
                 continue
-            coming = self._as_pays(sequence, comings[sequence])
-            width = self._width_within(sequence, coming, budget) or self._least_width(sequence, coming, alone=not rows)
+            coming = comings[sequence]
+            width = self._width(sequence, coming, budget, alone=not rows)
             if not width:
                 continue
-            if ahead:
-                grant, width = self._reserve(sequence, coming, width)
-            else:
-                grant, width = self._extend(sequence, coming, width, rows, grants)
-            if not width:
-                continue
+            row = self._row(sequence, coming, width)
+            positions = row.positions
+            try:
+                # Ahead: wherever these positions will stand.
+                end = row.end if ahead else max(coming.run_start + positions, sequence.geometry.canvas)
+                grant = self.holdings.extend(sequence, end)
+            except OutOfPages:
+                if ahead:
+                    self._short = True
+                    continue
+                grant, width = self._make_room(sequence, coming, width, rows, grants)
+                if not width:
+                    continue
+                row = self._row(sequence, coming, width)
+                positions = row.positions
             if grant:
                 grants[sequence] = grant
-            rows[sequence] = self._row(sequence, coming, width)
-            budget = max(budget - width - rows[sequence].scratch, 0)
+            rows[sequence] = row
+            budget -= positions
 
         admissions = []
         # Whoever was preempted just now must not take the pages back before the older ones have what they need.
@@ -160,25 +176,25 @@ class Scheduler:
             admissions.append(self._admission(sequence))
             grants[sequence] = PageGrant(slot_of(sequence), 0, list(sequence.pages))
             # Without budget left it comes first in the next step.
-            coming = self._as_pays(sequence, known(sequence))
-            width = self._width_within(sequence, coming, budget) or self._least_width(sequence, coming, alone=not rows)
+            coming = known(sequence)
+            width = self._width(sequence, coming, budget, alone=not rows)
             if width:
-                rows[sequence] = self._row(sequence, coming, width)
-                budget = max(budget - width - rows[sequence].scratch, 0)
+                rows[sequence] = row = self._row(sequence, coming, width)
+                budget -= row.positions
 
         self._step += 1
         for sequence in rows:
             sequence.last_step = self._step
-        planned = sorted(rows.items(), key=lambda item: (item[1].strategy, item[0].order))
-        if planned:
-            self._under_way.append(planned)
+        rows = {sequence: rows[sequence] for sequence in sorted(rows, key=_PLACE)}
+        if rows:
+            self._under_way.append(rows)
         keeps, forgets = self._keeps, self._forgets
         self._keeps, self._forgets = [], []
-        return StepPlan(admissions, list(grants.values()), [row for _, row in planned], keeps, forgets)
+        return StepPlan(admissions, list(grants.values()), list(rows.values()), keeps, forgets)
 
     def planned(self) -> list[Sequence]:
         """The sequences of the oldest plan under way, in the order of its rows."""
-        return [sequence for sequence, _ in self._under_way[0]] if self._under_way else []
+        return list(self._under_way[0]) if self._under_way else []
 
     def update(self, reports: list[RowReport], now: float = 0.0) -> list[tuple[Sequence, list[int]]]:
         """Take in the reports of the oldest plan's rows; returns newly committed prefix tokens, in row order.
@@ -186,24 +202,21 @@ class Scheduler:
         Reports of sequences that were aborted or preempted meanwhile, or had ended before, are dropped. Finished
         sequences are released. now: seconds of the clock that times blocks.
         """
-        before = self.counters.positions
-        committed = []
-        planned = self._under_way.popleft() if self._under_way else []
-        rows = 0
-        for (sequence, row), report in zip(planned, reports, strict=True):
+        planned = self._under_way.popleft() if self._under_way else {}
+        padding, ran = 0, []
+        for (sequence, row), report in zip(planned.items(), reports, strict=True):
             if sequence.finish:
-                self.counters.padding_positions += row.width + row.scratch
+                padding += row.positions
                 continue
-            rows += 1
-            ran = what_ran(sequence, row, report.segments)
-            self.counters.padding_positions += row.width + row.scratch - ran.width - ran.scratch
-            self.counters.count_positions(sequence, ran)
-            # The device does not know who was aborted.
-            if sequence.status is Status.RUNNING:
-                committed.append((sequence, self._apply(sequence, ran, report, now)))
+            took = what_ran(sequence, row, report.segments)
+            if took is not row:
+                padding += row.positions - took.positions
+            ran.append((sequence, took, report))
+        self.counters.padding_positions += padding
         if planned:
-            self.counters.count_forward(rows, before)
-        return committed
+            self.counters.count_forward(ran)
+        # The device does not know who was aborted, or preempted.
+        return [(s, self._apply(s, took, report, now)) for s, took, report in ran if s.slot is not None]
 
     def retreat(self) -> list[Sequence]:
         """Undo the one plan under way, whose forward failed; returns its rows' sequences, in the order of arrival.
@@ -211,7 +224,7 @@ class Scheduler:
         Whatever runs waits again, and will be admitted as it was before: nobody knows what the device has of it.
         """
         (rows,) = self._under_way
-        planned = sorted((s for s, _ in rows if s.status is Status.RUNNING), key=lambda s: s.order)
+        planned = sorted((s for s in rows if s.status is Status.RUNNING), key=lambda s: s.order)
         for sequence in list(self.running):
             self._preempt(sequence)
         self._under_way.clear()
@@ -224,45 +237,31 @@ class Scheduler:
 
     # ---------------------------------------------------------------- one row
 
-    def _width_within(self, sequence: Sequence, coming: Coming, budget: int) -> int:
-        """The whole next step if the budget has room for it, else as many whole blocks of clean tokens as fit."""
-        if coming.width + coming.scratch <= budget:
-            return coming.width
-        unit = self._unit(sequence)
-        return min(coming.clean // unit, budget // unit) * unit
+    def _width(self, sequence: Sequence, coming: Coming, budget: int, alone: bool) -> int:
+        """The whole next step if the budget has room for it, else as many whole blocks of clean tokens as fit.
 
-    def _least_width(self, sequence: Sequence, coming: Coming, alone: bool) -> int:
-        """What moves a sequence on that is alone in a forward, however small the budget is by now."""
-        if not alone:
-            return 0
-        unit = self._unit(sequence)
+        alone: in a forward, where a sequence moves on however small the budget is by now.
+        """
+        if self.shortens and sequence.geometry.segment:
+            shorten(coming, sequence, marginal_cost(len(self.running), self.row_share))
+        if coming.width + coming.segments * coming.segment <= budget:
+            return coming.width
+        # A frontier needs no grid.
+        unit = 1 if sequence.geometry.feed else sequence.geometry.block
+        width = max(min(coming.clean, budget), 0) // unit * unit
+        if width or not alone:
+            return width
         return unit if unit <= coming.clean else coming.width
 
-    def _unit(self, sequence: Sequence) -> int:
-        """What clean tokens come in: a frontier needs no grid."""
-        return 1 if sequence.geometry.feed else sequence.geometry.block
-
-    def _as_pays(self, sequence: Sequence, coming: Coming) -> Coming:
-        if self.shortens and 0 < sequence.geometry.shortest < sequence.geometry.segment:
-            shorten(coming, sequence, len(self.running), self.row_share)
-        return coming
-
     def _row(self, sequence: Sequence, coming: Coming, width: int) -> RowPlan:
-        whole = width == coming.width
-        segments = coming.segments if whole else 0
-        scratch = segments * coming.segment
-        end = coming.reach + scratch if whole else coming.run_start + width
-        return RowPlan(
-            slot=slot_of(sequence),
-            strategy=sequence.request.decoding.strategy,
-            width=width,
-            targets=coming.targets if whole else 0,
-            end=end,
-            segments=segments,
-            segment=coming.segment,
-        )
+        targets = segments = 0
+        end = coming.run_start + width
+        if width == coming.width:
+            targets, segments = coming.targets, coming.segments
+            end = coming.reach + segments * coming.segment
+        return RowPlan(slot_of(sequence), sequence.strategy, width, targets, end, segments, coming.segment)
 
-    def _extend(
+    def _make_room(
         self,
         sequence: Sequence,
         coming: Coming,
@@ -270,17 +269,16 @@ class Scheduler:
         rows: dict[Sequence, RowPlan],
         grants: dict[Sequence, PageGrant],
     ) -> tuple[PageGrant | None, int]:
-        """Pages for the next `width` positions, ahead of need.
+        """Pages for the next `width` positions where there are not enough.
 
-        If there are none, do without draft segments, then commit the finished block alone where that is possible; else
-        preempt from the young end. Returns width 0 if the sequence itself had to go.
+        Do without draft segments, then commit the finished block alone where that is possible; else preempt from the
+        young end. Returns width 0 if the sequence itself had to go.
         """
         while True:
             scratch = coming.scratch if width == coming.width else 0
+            end = max(coming.run_start + width + scratch, sequence.geometry.canvas)
             try:
-                grant = self.holdings.extend(
-                    sequence, max(coming.run_start + width + scratch, sequence.geometry.canvas)
-                )
+                return self.holdings.extend(sequence, end), width
             except OutOfPages:
                 if scratch:
                     coming.segments = 0
@@ -294,45 +292,23 @@ class Scheduler:
                 grants.pop(victim, None)
                 if victim is sequence:
                     return None, 0
-                continue
-            return grant, width
-
-    def _reserve(self, sequence: Sequence, coming: Coming, width: int) -> tuple[PageGrant | None, int]:
-        """Pages for wherever the next `width` positions will stand; width 0 if there are none."""
-        end = coming.reach + coming.scratch if width == coming.width else coming.run_start + width
-        try:
-            return self.holdings.extend(sequence, end), width
-        except OutOfPages:
-            self._short = True
-            return None, 0
 
     def _apply(self, sequence: Sequence, ran: RowPlan, report: RowReport, now: float) -> list[int]:
-        before = len(sequence.tokens)
+        before, start = len(sequence.tokens), sequence.start
         sequence.forwards += 1
-        sequence.positions += ran.width + ran.scratch
-        self.counters.count_row(sequence, ran, report)
-        new = report.window[before - sequence.start : report.prefix - sequence.start] if report.prefix > before else []
-        sequence.tokens.extend(new)
-        self.counters.committed_tokens += len(new)
+        sequence.positions += ran.positions
+        new: list[int] = []
+        if report.prefix > before:
+            new = list(report.window[before - start : report.prefix - start])
+            sequence.tokens += new
+            self.counters.committed_tokens += len(new)
         if report.finish:
             sequence.finish = "stop" if report.finish == 1 else "length"
-            self.counters.discarded[sequence.finish] += sum(report.decided[report.prefix - sequence.start :])
+            self.counters.discarded[sequence.finish] += sum(report.decided[report.prefix - start :])
             sequence.stop_token = sequence.tokens[-1] if report.finish == 1 else None
-        moved = report.next_start - sequence.start
-        if moved > 0 and not sequence.geometry.feed:
+        if report.next_start > start and not sequence.geometry.feed:
             self.counters.count_block(sequence, now)
-        sequence.window = report.window[moved:]
-        sequence.decided = report.decided[moved:]
-        sequence.start = report.next_start
-        sequence.final_len = report.next_final_len
-        sequence.step = report.next_step
-        sequence.run_start = report.next_run_start
-        sequence.width = report.next_width
-        sequence.before = sequence.targets, sequence.segments
-        sequence.targets = report.next_targets
-        sequence.segments = report.next_segments
-        if sequence.geometry.window > sequence.geometry.block:
-            sequence.ahead = sequence.run_end - sequence.start
+        sequence.advance(report)
         self.holdings.share(sequence)
         if sequence.finish:
             self.running.remove(sequence)
@@ -373,7 +349,7 @@ class Scheduler:
             final_len=sequence.final_len,
             start=sequence.start,
             step=sequence.step,
-            window=sequence.window,
+            window=list(sequence.window),
             decided=sequence.decided,
             choice=sequence.choice,
             sampling=sequence.request.sampling,

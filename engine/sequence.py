@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from .cache.prefix import Unit
 from .geometry import Geometry
 from .messages import AddRequest, FinishReason
+from .plan import RowReport
 
 
 class Status(enum.Enum):
@@ -16,13 +18,16 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
+# With slots: there are more attributes than the interpreter keeps beside an object, and steps read them all the time.
+@dataclass(eq=False, slots=True)
 class Sequence:
     """Host mirror of a row, as of the last report.
 
+    prompt_len: of the request's prompt. limit: position at which max_tokens ends the text.
     tokens: prompt and committed prefix. The prefix ends at the first undecided position.
     start: first position of the active block. final_len: slots below it hold final K/V.
     window, decided: ids and flags of the active block's positions from `start` on (empty: nothing is decided there).
+    clean: final positions without K/V that a chunk may run. The row that yields the next logits is not among them.
     width: positions that the next whole step runs, from final_len on or from `run_start`. targets: positions whose
         statistics that step needs. segments: draft segments that it may run behind them. before: both numbers of the
         step before.
@@ -38,7 +43,7 @@ class Sequence:
     start: int = 0
     final_len: int = 0
     step: int = 0
-    window: list[int] = field(default_factory=list)
+    window: Items[int] = ()
     decided: list[bool] = field(default_factory=list)
     run_start: int = 0
     width: int = 0
@@ -69,8 +74,16 @@ class Sequence:
     block_steps: int = 0  # of the active block: those that asked about it
     # Steps may leave part of the block, or of the canvas, to K/V that is no longer quite true.
     caches_blocks: bool = field(init=False)
+    strategy: str = field(init=False)
+    prompt_len: int = field(init=False)
+    limit: int = field(init=False)
+    clean: int = field(init=False)
+    prefilling: bool = field(init=False)  # more than one block of clean tokens has no K/V yet
 
     def __post_init__(self) -> None:
+        self.strategy = self.request.decoding.strategy
+        self.prompt_len = len(self.request.prompt)
+        self.limit = self.prompt_len + self.request.sampling.max_tokens
         self.tokens = list(self.request.prompt)
         self.start = self.geometry.start(len(self.tokens))
         values = self.request.decoding.values
@@ -86,28 +99,6 @@ class Sequence:
         return self.request.request_id, self.choice
 
     @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt)
-
-    @property
-    def limit(self) -> int:
-        """Position at which max_tokens ends the text."""
-        return self.prompt_len + self.request.sampling.max_tokens
-
-    @property
-    def clean(self) -> int:
-        """Final positions without K/V that a chunk may run. The row that yields the next logits is not among them."""
-        geometry = self.geometry
-        if geometry.canvas:
-            return 0
-        return max(self.start - self.final_len - (1 if geometry.refeeds or geometry.opens else 0), 0)
-
-    @property
-    def prefilling(self) -> bool:
-        """More than one block of clean tokens has no K/V yet."""
-        return self.clean > self.geometry.block
-
-    @property
     def scratch(self) -> int:
         """Rows of the next whole step whose K/V nobody sees afterwards."""
         return self.segments * self.geometry.segment
@@ -116,6 +107,25 @@ class Sequence:
     def run_end(self) -> int:
         return self.run_start + self.width
 
+    def advance(self, report: RowReport) -> None:
+        """Go on to what the device reports of the row: its active block, and the span of its next step."""
+        moved = report.next_start - self.start
+        self.window = report.window[moved:] if moved else report.window
+        self.decided = report.decided[moved:] if moved else report.decided
+        behind = self.start - self.final_len
+        self.start = report.next_start
+        self.final_len = report.next_final_len
+        if self.start - self.final_len != behind:
+            self._count_clean()
+        self.step = report.next_step
+        self.run_start = report.next_run_start
+        self.width = report.next_width
+        self.before = self.targets, self.segments
+        self.targets = report.next_targets
+        self.segments = report.next_segments
+        if self.geometry.window > self.geometry.block:
+            self.ahead = self.run_end - self.start
+
     def plan_from(self, final_len: int) -> None:
         """Set the next step's span for K/V that is valid below `final_len` (at admission; later the device reports it).
 
@@ -123,6 +133,7 @@ class Sequence:
         """
         geometry = self.geometry
         self.final_len = self.run_start = final_len
+        self._count_clean()
         if geometry.refeeds:
             self.targets = min(geometry.feed, self.limit - self.start)
             self.width = self.start + self.targets - 1 - final_len
@@ -145,3 +156,9 @@ class Sequence:
         # At most: a sub-block needs fewer. The first step after admission may reserve a few logits rows too many.
         known = sum(self.decided[:ahead]) if self.decided else len(self.tokens) - self.start
         self.targets = ahead - (0 if geometry.asks_all else known)
+
+    def _count_clean(self) -> None:
+        geometry = self.geometry
+        clean = 0 if geometry.canvas else self.start - self.final_len - (geometry.refeeds or geometry.opens)
+        self.clean = max(clean, 0)
+        self.prefilling = self.clean > geometry.block

@@ -7,8 +7,8 @@ can be enqueued before the host has seen the outcome of this one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,6 +18,7 @@ from .decoding.registry import columns, strategy_classes
 from .decoding.strategies.verify import MAX_DRAFT
 from .params import SamplingParams
 from .plan import Admission, PageGrant
+from .transfer import to_device
 
 _INT = torch.int32
 
@@ -133,44 +134,53 @@ def admit_rows(
     """
     if not admissions:
         return
-    slots = _to_device(torch.tensor([row.slot for row in admissions]), state.device)
+    slots = to_device(np.array([row.slot for row in admissions]), state.device)
 
-    def write(column: Tensor, values: Tensor) -> None:
-        column.index_copy_(0, slots, _to_device(values.to(column.dtype), state.device))
+    def write(column: Tensor, values: np.ndarray) -> None:
+        column.index_copy_(0, slots, to_device(values, state.device))
 
-    def write_list(column: Tensor, values: list[Any]) -> None:
-        write(column, torch.tensor(values, dtype=column.dtype))
-
-    tokens, decided = _initial_tokens(admissions, state.tokens.shape[1], mask_id)
-    write(state.tokens, tokens)
-    write(state.decided, decided)
-    stops, stops_from = _stop_table(admissions, stop_ids, edit_ids)
-    _ensure_stop_columns(state, stops.shape[1])
-    write(state.stops, pad(stops, (0, state.stops.shape[1] - stops.shape[1]), value=-1))
-    write(state.stops_from, pad(stops_from, (0, state.stops.shape[1] - stops.shape[1])))
-    sampling = [row.sampling for row in admissions]
-    write_list(state.prompt_len, [row.prompt_len for row in admissions])
-    write_list(state.start, [row.start for row in admissions])
-    write_list(state.final_len, [row.final_len for row in admissions])
-    write_list(state.step, [row.step for row in admissions])
-    write_list(state.limit, [row.limit for row in admissions])
-    write_list(state.block, [row.geometry.block for row in admissions])
-    write_list(state.window, [row.geometry.window for row in admissions])
-    write_list(state.origin, [row.geometry.origin for row in admissions])
-    write_list(state.canvas, [row.geometry.canvas for row in admissions])
-    write_list(state.fresh, [False] * len(admissions))
-    write_list(state.finished, [False] * len(admissions))
-    write_list(state.drafts, [0] * len(admissions))
-    write_list(state.row_cost, [0.0] * len(admissions))
-    write_list(state.temperature, [0.0 if is_greedy(s) else s.temperature for s in sampling])
-    write_list(state.top_p, [s.top_p for s in sampling])
-    write_list(state.top_k, [min(s.top_k, torch.iinfo(_INT).max) for s in sampling])
-    write_list(state.min_p, [s.min_p for s in sampling])
-    write_list(state.seed, [signed_seed(s.seed) for s in sampling])
-    write_list(state.choice, [row.choice for row in admissions])
-    numbers, integers = state.parameters.columns.encode([row.decoding.values for row in admissions])
-    write(state.parameters.numbers, numbers)
-    write(state.parameters.integers, integers)
+    tokens, decided = _initial_tokens(admissions, mask_id)
+    length = tokens.shape[1]
+    write(state.tokens[:, :length], tokens)
+    write(state.decided[:, :length], decided)
+    state.tokens[:, length:].index_fill_(0, slots, mask_id or 0)
+    state.decided[:, length:].index_fill_(0, slots, False)
+    stops = [_stops_of(row, stop_ids, edit_ids) for row in admissions]
+    _ensure_stop_columns(state, max(map(len, stops)))
+    width = state.stops.shape[1]
+    write(state.stops, np.array([[*ids, *[-1] * (width - len(ids))] for ids in stops], np.int32))
+    write(state.stops_from, np.array([[*ids.values(), *[0] * (width - len(ids))] for ids in stops], np.int32))
+    sampling, geometries = [row.sampling for row in admissions], [row.geometry for row in admissions]
+    integers = {
+        "prompt_len": [row.prompt_len for row in admissions],
+        "start": [row.start for row in admissions],
+        "final_len": [row.final_len for row in admissions],
+        "step": [row.step for row in admissions],
+        "limit": [row.limit for row in admissions],
+        "block": [geometry.block for geometry in geometries],
+        "window": [geometry.window for geometry in geometries],
+        "origin": [geometry.origin for geometry in geometries],
+        "canvas": [geometry.canvas for geometry in geometries],
+        "top_k": [min(s.top_k, torch.iinfo(_INT).max) for s in sampling],
+        "choice": [row.choice for row in admissions],
+    }
+    floats = {
+        "temperature": [0.0 if is_greedy(s) else s.temperature for s in sampling],
+        "top_p": [s.top_p for s in sampling],
+        "min_p": [s.min_p for s in sampling],
+    }
+    # One copy for all columns of a kind.
+    for named, dtype in ((integers, np.int32), (floats, np.float32)):
+        table = to_device(np.array([*named.values()], dtype), state.device)
+        for name, values in zip(named, table, strict=True):
+            getattr(state, name).index_copy_(0, slots, values)
+    write(state.seed, np.array([signed_seed(s.seed) for s in sampling]))
+    for column in (state.fresh, state.finished, state.drafts, state.row_cost):
+        column.index_fill_(0, slots, 0)
+    parameters = state.parameters
+    of_rows = parameters.columns.encode([row.decoding.values for row in admissions])
+    for column, encoded in zip((parameters.numbers, parameters.integers), of_rows, strict=True):
+        write(column, encoded.numpy())
     for kept in state.memory.values():
         kept.index_fill_(0, slots, 0)
 
@@ -184,53 +194,45 @@ def grant_pages(state: RowState, grants: list[PageGrant]) -> None:
     """Append pages to rows' tables."""
     if not grants:
         return
-    entries = [(g.slot, g.first + i, page) for g in grants for i, page in enumerate(g.pages)]
-    table = _to_device(torch.tensor(entries, dtype=torch.int64).reshape(-1, 3), state.device)
-    state.page_table.index_put_((table[:, 0], table[:, 1]), table[:, 2].to(_INT))
+    slots = [g.slot for g in grants for _ in g.pages]
+    places = [place for g in grants for place in range(g.first, g.first + len(g.pages))]
+    pages = [page for g in grants for page in g.pages]
+    table = to_device(np.array([slots, places, pages]), state.device)
+    state.page_table.index_put_((table[0], table[1]), table[2].to(_INT))
 
 
-def _initial_tokens(admissions: list[Admission], length: int, mask_id: int | None) -> tuple[Tensor, Tensor]:
-    """[rows, length] ids and flags of new rows."""
-    tokens = torch.full((len(admissions), length), mask_id or 0, dtype=_INT)
-    decided = torch.zeros((len(admissions), length), dtype=torch.bool)
+def _initial_tokens(admissions: list[Admission], mask_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, positions] ids and flags of new rows, as far as any of them has something to say."""
+    length = max(
+        max(len(row.tokens) + FIRST_DRAFT, row.start + len(row.decided), row.limit + len(row.suffix))
+        for row in admissions
+    )
+    tokens = np.full((len(admissions), length), mask_id or 0, np.int32)
+    decided = np.zeros(tokens.shape, np.bool_)
     for index, row in enumerate(admissions):
         known = len(row.tokens)
+        tokens[index, :known] = row.tokens
         if mask_id is None or row.geometry.refeeds:
-            ids = (row.tokens * (2 + FIRST_DRAFT // known))[: known + FIRST_DRAFT]
+            tokens[index, : known + FIRST_DRAFT] = np.resize(tokens[index, :known], known + FIRST_DRAFT)
         else:
-            ids = [*row.tokens, *row.window[max(known - row.start, 0) :]]
-        tokens[index, : len(ids)] = torch.tensor(ids, dtype=_INT)
+            behind = row.window[max(known - row.start, 0) :]
+            tokens[index, known : known + len(behind)] = behind
         decided[index, :known] = True
-        if row.decided:
-            decided[index, row.start : row.start + len(row.decided)] = torch.tensor(row.decided)
-        if row.suffix:
-            tokens[index, row.limit : row.limit + len(row.suffix)] = torch.tensor(row.suffix, dtype=_INT)
-            decided[index, row.limit : row.limit + len(row.suffix)] = True
+        decided[index, row.start : row.start + len(row.decided)] = row.decided
+        tokens[index, row.limit : row.limit + len(row.suffix)] = row.suffix
+        decided[index, row.limit : row.limit + len(row.suffix)] = True
     return tokens, decided
 
 
-def _stop_table(
-    admissions: list[Admission], stop_ids: tuple[int, ...], edit_ids: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """[rows, K] stop ids, -1 where there is none, and the position below which each is banned."""
-    rows, classes = [], strategy_classes()
-    for row in admissions:
-        minimum = row.prompt_len + row.sampling.min_tokens
-        # Behind max_tokens too: what stands there has its say in the block.
-        stops = {stop: torch.iinfo(_INT).max if row.sampling.ignore_eos else minimum for stop in stop_ids}
-        stops |= {stop: minimum for stop in row.sampling.stop_token_ids}
-        if not classes[row.decoding.strategy].edits:
-            stops |= dict.fromkeys(edit_ids, torch.iinfo(_INT).max)
-        rows.append(stops)
-    width = max(1, *(len(stops) for stops in rows)) if rows else 1
-    ids = torch.tensor([[*stops, *[-1] * (width - len(stops))] for stops in rows], dtype=_INT)
-    below = torch.tensor([[*stops.values(), *[0] * (width - len(stops))] for stops in rows], dtype=_INT)
-    return ids, below
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the device: a copy from ordinary memory would."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+def _stops_of(row: Admission, stop_ids: tuple[int, ...], edit_ids: tuple[int, ...]) -> dict[int, int]:
+    """Stop ids of a row, with the position below which each is banned."""
+    minimum = row.prompt_len + row.sampling.min_tokens
+    # Behind max_tokens too: what stands there has its say in the block.
+    stops = {stop: torch.iinfo(_INT).max if row.sampling.ignore_eos else minimum for stop in stop_ids}
+    stops |= {stop: minimum for stop in row.sampling.stop_token_ids}
+    if not strategy_classes()[row.decoding.strategy].edits:
+        stops |= dict.fromkeys(edit_ids, torch.iinfo(_INT).max)
+    return stops
 
 
 def signed_seed(seed: int) -> int:

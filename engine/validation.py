@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from .decoding.parameters import resolve
 from .errors import ParameterError
 from .messages import AddRequest, ModelInfo
@@ -15,16 +17,16 @@ def check_request(info: ModelInfo, request: AddRequest, in_use: bool, *, needs_p
         raise ParameterError("n", "n must be at least 1")
     if needs_prompt and not request.prompt:
         raise ParameterError("prompt", "the prompt is empty")
-    if any(not 0 <= token < info.vocab_size for token in request.prompt):
+    if _beyond(request.prompt, info.vocab_size):
         raise ParameterError("prompt", f"token ids must lie in 0..{info.vocab_size - 1}")
-    if any(not 0 <= stop < info.vocab_size for stop in request.sampling.stop_token_ids):
+    if _beyond(request.sampling.stop_token_ids, info.vocab_size):
         raise ParameterError("stop_token_ids", f"token ids must lie in 0..{info.vocab_size - 1}")
     if request.sampling.max_tokens < 1:
         raise ParameterError("max_tokens", "max_tokens must be at least 1")
     if request.suffix and info.context != "full":
         why = f"a {info.context} model does not see what follows its text: suffix needs full attention"
         raise ParameterError("suffix", why)
-    if any(not 0 <= token < info.vocab_size for token in request.suffix):
+    if _beyond(request.suffix, info.vocab_size):
         raise ParameterError("suffix", f"token ids must lie in 0..{info.vocab_size - 1}")
     known = len(request.prompt) + len(request.suffix)
     if known + request.sampling.max_tokens > info.max_model_len:
@@ -37,3 +39,8 @@ def check_request(info: ModelInfo, request: AddRequest, in_use: bool, *, needs_p
     if request.sampling.min_tokens > request.sampling.max_tokens:
         raise ParameterError("min_tokens", "min_tokens must not exceed max_tokens")
     resolve(info, {"strategy": request.decoding.strategy, **request.decoding.values})
+
+
+def _beyond(ids: Collection[int], vocab: int) -> bool:
+    """Whether some id is none of a vocabulary's."""
+    return bool(ids) and not (min(ids) >= 0 and max(ids) < vocab)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .pages import PagePool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Unit:
     """Consecutive pages of final K/V. `users` counts sequences; the cache's own page references come on top."""
 

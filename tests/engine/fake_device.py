@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, field
 
 from linocut.engine.cache.pages import PagePool
-from linocut.engine.plan import Admission, RowPlan, RowReport, StepPlan
+from linocut.engine.plan import RULE, Admission, RowPlan, RowReport, StepPlan
 
 STOP = 9
 
@@ -247,4 +247,11 @@ class FakeDevice:
             next_run_start=coming.start,
             next_width=coming.end - coming.start,
             next_targets=len(coming.targets),
+            next_segments=0,
+            segments=0,
+            committed=0,
+            reason=RULE,
+            clean=0,
+            edited=0,
+            remasked=0,
         )

@@ -140,7 +140,7 @@ class Harness:
         scheduler.check()
         if plan is None:
             return None
-        planned = [s for s, _ in scheduler._under_way[-1]] if plan.rows else []
+        planned = list(scheduler._under_way[-1]) if plan.rows else []
         assert not ahead or scheduler.counters.preemptions == preemptions, "nobody is preempted for a plan made ahead"
         self._check_plan(plan, planned, was_running, ahead)
         self._check_admissions(plan, waiting, ready)

@@ -54,7 +54,7 @@ def test_the_array_says_where_every_row_of_a_step_stands() -> None:
     rows = [row(7, 2, 1), row(3, 4, 0), row(5, 1, 1), row(8, 2, 2, strategy="verify", segments=2)]
     layout = laid_out(rows)
     inputs = step_inputs(torch.from_numpy(layout.array), layout.shape)
-    assert layout.places == [0, 1, 2, 4]
+    assert layout.counts == [3, 1]
     assert inputs.slots.tolist() == [7, 3, 5, IDLE, 8]
     assert inputs.width.tolist() == [2, 4, 1, 0, 2]
     assert inputs.on_grid.tolist() == [1, 1, 1, 1, 0]

@@ -69,7 +69,7 @@ def test_a_row_that_does_not_fit_alone_ends_by_an_error_and_the_others_go_on(ahe
     core.overlapping = ahead
 
     def long_context(*_: int) -> bool:
-        return any(len(sequence.tokens) >= 100 for sequence, _ in core.scheduler._under_way[-1])
+        return any(len(sequence.tokens) >= 100 for sequence in core.scheduler._under_way[-1])
 
     starve(core, "forward", long_context)
 
