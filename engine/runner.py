@@ -33,8 +33,8 @@ from .stages import prepare, report, settle
 from .state import RowState, admit_rows, grant_pages
 from .transfer import to_device
 
-# A GPU takes as long for a product of so many rows with the vocabulary as for reading it; beyond them more rows cost as
-# much as reading it again.
+# Up to so many rows a GPU takes about as long for a product with the vocabulary as for reading it, which is saved once.
+# (An H200 with 152k ids of 3,584 numbers: 0.24 ms; with smaller models logits weigh more, and all of it less.)
 _FREE_ROWS = 128
 
 

@@ -55,6 +55,19 @@ class AttentionLayout:
             raise ValueError(f"a layout with scratch intervals is not {self.pattern}")
 
 
+def plan_attention(
+    layout: AttentionLayout, tokens: int, heads: int, k_cache: Tensor, *, backend: Backend = "torch"
+) -> None:
+    """Derive what `staircase_attention` with so many queries and heads will ask of the layout.
+
+    Where another kernel of torch's is launched behind it and before the attention's, that need not wait for it.
+    """
+    if backend == "triton" and tokens > 0:
+        from .attention_triton import plan
+
+        plan(layout, tokens, heads, k_cache)
+
+
 def staircase_attention(
     q: Tensor,
     k_cache: Tensor,

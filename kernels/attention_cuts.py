@@ -48,12 +48,17 @@ def choose_config(
     if half and block_m == 64 and 16 * programs(64) < processors:
         block_m = max(32, _power_of_2(group))
     count = programs(block_m)
-    # More splits than fill the processors cost more in the join than they win; small tiles come several to one. The
-    # first step of a program waits for its keys, so that short shares are the faster ones.
+    # More splits than fill the processors cost more in the join than they win; small tiles come several to one.
     fill = processors * (4 if block_m == 16 else 2 if half and block_m <= 64 else 1)
-    least = (32 if block_m <= 32 else 64) if half and block_m <= 64 else 128
+    if half and block_m <= 32:
+        # A program for each step: one that has two takes longer than some that have none.
+        most = min(_power_of_2(-(-max_visible // 64)), 32)
+    elif half and block_m == 64:
+        most = min(max_visible // 64, 16)
+    else:
+        most = min(max_visible // 128, 32 if block_m <= 32 else 16)
     splits = 1
-    while splits * 2 <= min(fill // count, max_visible // least, 32 if block_m <= 32 else 16):
+    while splits * 2 <= min(fill // count, most):
         splits *= 2
     if splits == 2 and 2 * count > processors * (2 if needed <= block_m <= 64 else 1):
         splits = 1

@@ -38,7 +38,6 @@ def _map_kernel(
     """map[tile] = (row, first query, number of queries). Row `rows` holds the padding tokens after the last row.
 
     Row r gets the tiles from start[r] // POSITIONS + r on: at least as many as it needs, found without a prefix sum.
-    No kernel starts before it has ended, since they read the map before they `follow`.
     """
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros([BLOCK], tl.int32)  # the last row whose first tile is at most `tile`, by bisection
@@ -109,7 +108,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """Grid (tiles, kv_heads, splits). out: [tokens, HEADS, HEAD_DIM], or with splits [splits, tokens, HEADS, HEAD_DIM]
     float32, and best and total [splits, tokens, HEADS] float32."""
-    # What describes the rows was written before any kernel that may still run.
+    # What describes the rows is older than the kernel in front (see `overlap_triton.py`).
     # The last tiles of a causal row have the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -210,12 +209,10 @@ def triton_attention(
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    if config is None:
-        config = choose_config(
-            tokens, rows, layout.max_query, layout.max_visible, kv_heads, group, head_dim,
-            _processors(q.device), q.element_size(),
-        )  # fmt: skip
+    config = config or _config(layout, tokens, heads, k_cache)
     positions = config.block_m // group
+    # A map that is only made now may not be read before the wait.
+    settings = overlap(q.device, tokens) if _map_key(positions) in layout.plans else {"OVERLAP": False}
     tile_map = _tile_map(layout, positions, tokens)
     part, best, total = out, out, out
     if config.splits > 1:
@@ -232,7 +229,7 @@ def triton_attention(
         GROUP=group, HEADS=heads, PAGE=page_size, HEAD_DIM=head_dim,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=config.splits > 1, SCRATCH=scratch,
         UPCAST=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
-        num_warps=config.num_warps, num_stages=config.num_stages, **overlap(q.device, tokens),
+        num_warps=config.num_warps, num_stages=config.num_stages, **settings,
     )  # fmt: skip
     if config.splits > 1:
         _join_kernel[(triton.cdiv(tokens * heads, _JOINED),)](
@@ -242,9 +239,27 @@ def triton_attention(
     return out
 
 
+def plan(layout: AttentionLayout, tokens: int, heads: int, k_cache: Tensor) -> None:
+    """`attention.plan_attention`."""
+    config = _config(layout, tokens, heads, k_cache)
+    _tile_map(layout, config.block_m // (heads // k_cache.shape[2]), tokens)
+
+
+def _config(layout: AttentionLayout, tokens: int, heads: int, k_cache: Tensor) -> Config:
+    kv_heads, head_dim = k_cache.shape[2:]
+    return choose_config(
+        tokens, layout.page_table.shape[0], layout.max_query, layout.max_visible, kv_heads, heads // kv_heads, head_dim,
+        _processors(k_cache.device), k_cache.element_size(),
+    )  # fmt: skip
+
+
+def _map_key(positions: int) -> tuple[str, int]:
+    return "tiles", positions
+
+
 def _tile_map(layout: AttentionLayout, positions: int, tokens: int) -> Tensor:
     """[tiles, 3] int32: row, first query and number of queries of each tile; made once per layout and tile size."""
-    key = ("tiles", positions)
+    key = _map_key(positions)
     if key not in layout.plans:
         rows = layout.page_table.shape[0]
         tiles = tokens // positions + rows + 1

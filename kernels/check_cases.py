@@ -175,20 +175,47 @@ def product_checks(device: str, quick: bool) -> Iterator[Outcome]:
             found, expected = (project(x[:rows], weight, bias, backend=backend) for backend in BACKENDS)
             label = f"few-row product, {rows} rows, {dtype}"
             yield Outcome(label, difference(found, expected), EXPERT_TOLERANCE[dtype])
-        if dtype not in HALVES:
-            continue  # products of float32 are not this kernel's
-        rank = 64 if quick else 128
-        bias[features - rank :] = 0
-        low_rank = LowRank((torch.randn(features - rank, rank, device=device) * rank**-0.5).to(dtype))
-        gated = torch.arange(32, device=device) % 3 > 0
-        # Launches one behind another: what programs tell each other is of their own.
-        for number in range(2 if quick else 20):
-            rows = 1 + 11 * number % 32
-            given: dict[str, Any] = {"low_rank": low_rank, "gated": gated[:rows], "activate": number % 2 > 0}
-            found, expected = (project(x[:rows], weight, bias, backend=backend, **given) for backend in BACKENDS)
-            label = f"product with update, {'gates, ' if number % 2 else ''}{rows} rows, {dtype}"
-            largest = float(expected.abs().max())
-            yield Outcome(label, difference(found, expected) / largest, 4 * torch.finfo(dtype).eps)
+    for dtype in HALVES:  # other products are not this kernel's
+        for features, inner in ((72, 256),) if quick else ((3600, 3584), (3584, 18_944)):
+            yield from _update_checks(device, dtype, features, inner, 64 if quick else 128, 4 if quick else 48)
+
+
+def _update_checks(
+    device: str, dtype: torch.dtype, features: int, inner: int, rank: int, launches: int
+) -> Iterator[Outcome]:
+    """Products with updates one behind another, of two matrices in turns and of changing rows, at once and in a graph:
+    what programs tell each other has to be of their own launch."""
+    weights = [(torch.randn(features + rank, inner, device=device) * inner**-0.5).to(dtype) for _ in range(2)]
+    updates = [LowRank((torch.randn(features, rank, device=device) * rank**-0.5).to(dtype)) for _ in range(2)]
+    x, gated = torch.randn(32, inner, device=device).to(dtype), torch.arange(32, device=device) % 3 > 0
+
+    def products(backend: Backend) -> list[Tensor]:
+        made = []
+        for number in range(launches):
+            turn, rows = number % 2, 1 + 11 * number % 32
+            update, gates = updates[turn], gated[number % 3 :][:rows]
+            made.append(
+                project(
+                    x[: gates.shape[0]], weights[turn], low_rank=update, gated=gates, activate=number % 4 > 1,
+                    backend=backend,
+                )
+            )  # fmt: skip
+        return made
+
+    expected = products("torch")
+    found = {"one behind another": products("triton")}
+    if device.startswith("cuda"):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = products("triton")
+        for _ in range(20):
+            graph.replay()
+        found["in a graph"] = captured
+    for how, made in found.items():
+        error = max(difference(a, b) / float(b.abs().max()) for a, b in zip(made, expected, strict=True))
+        yield Outcome(f"product with update, {how}, {features} of {inner}, {dtype}", error, 4 * torch.finfo(dtype).eps)
+    turns = [update.turns for update in updates]
+    yield Outcome("product with update, turns", sum(unequal(t, t[:1].expand_as(t)) for t in turns), 0.0)
 
 
 def flash_checks(device: str) -> Iterator[Outcome]:

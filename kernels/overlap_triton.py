@@ -3,9 +3,10 @@
 A GPU needs a microsecond or more between two kernels of a stream to drain the one and start the other. With
 programmatic dependent launch (Hopper and later) a kernel's programs are placed as soon as those of the kernel in front
 allow it, and wait for its results. Every kernel launched so calls `follow` in every program before it reads or writes
-what other kernels touch: only then do a wait for the last kernel and its end imply the end of all before it. Kernels
-that do not call it, as torch's, let nobody start early: what they wrote may be read before `follow`. (CUDA C++
-Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol`.)
+what other kernels touch: only then do a wait for the last kernel and its end imply the end of all before it. What is
+read before that has to be older than the last kernel that was launched in the ordinary way, as torch's are: such a
+launch waits for all before it and makes what they wrote visible; to be the next one behind the writer is not enough.
+(CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol`.)
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"

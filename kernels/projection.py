@@ -14,28 +14,32 @@ from .norm import silu_and_mul
 MOST_ROWS = 32
 # Features of a tile of the Triton kernel.
 TILE = 64
+# Inner size from which two programs share a tile.
 _LONG = 8192
+# More would not leave room for the weights on their way.
+_RANKS = (64, 128)
 
 
 class LowRank:
     """What a product adds on gated rows: `up` times what the last rank rows of its weight make of x.
 
     up: [features, rank], of a rank that `fits`. Owns what the programs of a launch tell each other: launches of
-    one LowRank have to be on one stream. hidden: [MOST_ROWS, rank] int64, a number of the way down as float32, and
-    above it the launch that it is of; turns: [tiles] int32, how many launches each has seen, and may wrap.
+    one LowRank have to be on one stream, all of them of all its tiles. hidden: [MOST_ROWS, rank] int64, a number of the
+    way down as float32, and above it the launch that it is of; turns: [tiles] int32, how many launches each has seen,
+    and may wrap.
     """
 
     def __init__(self, up: Tensor) -> None:
         features, rank = up.shape
         if not LowRank.fits(rank):
-            raise ValueError(f"the rank has to be a power of two from {TILE}, not {rank}")
+            raise ValueError(f"the rank has to be one of {_RANKS}, not {rank}")
         self.up = up.contiguous()
         self.hidden = torch.zeros(MOST_ROWS, rank, dtype=torch.int64, device=up.device)
         self.turns = torch.zeros(rank // TILE - -features // TILE, dtype=torch.int32, device=up.device)
 
     @staticmethod
     def fits(rank: int) -> bool:
-        return rank >= TILE and rank & (rank - 1) == 0
+        return rank in _RANKS
 
     @property
     def rank(self) -> int:
@@ -72,7 +76,10 @@ def project(
 
 
 def reserve(device: torch.device) -> None:
-    """Allocate what the Triton kernel needs on `device`, which must not first happen while a graph is captured."""
+    """Allocate what the Triton kernel needs on `device`, which must not first happen while a graph is captured.
+
+    All launches on a device share it, so that they have to be on one stream.
+    """
     from .projection_triton import scratch
 
     scratch(device)

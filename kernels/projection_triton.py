@@ -7,7 +7,7 @@ it won: only long products of few tiles, which leave processors without work, ar
 
 A low-rank update comes in the same launch: the first programs make the way down, in less time than the others take for
 their own features; these wait for it before they store. Every number carries the turn of its launch in the same 64-bit
-word, so that there is nothing to set back and no fence (the protocol of NCCL's "LL").
+word, so that there is nothing to set back and no fence (as in the protocol "LL" of NCCL).
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -147,8 +147,10 @@ def triton_projection(
     features = weight.shape[0] - rank
     if inner % 128:
         raise ValueError(f"the Triton kernel takes multiples of 128, not an inner size of {inner}")
-    if low_rank is not None and tokens > MOST_ROWS:
-        raise ValueError(f"with an update the Triton kernel takes {MOST_ROWS} rows, not {tokens}")
+    if activate and features % 2:
+        raise ValueError(f"{features} features are no gates with as many values")
+    if low_rank is not None and (tokens > MOST_ROWS or low_rank.up.shape[0] != features):
+        raise ValueError(f"the update is one of {low_rank.up.shape[0]} features for {MOST_ROWS} rows at most")
     out = torch.empty((tokens, features // 2 if activate else features), dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
@@ -166,7 +168,7 @@ def triton_projection(
     update = (x,) * 4
     if low_rank is not None:
         assert gated is not None
-        update = low_rank.up, gated.view(torch.uint8), low_rank.hidden, low_rank.turns
+        update = low_rank.up, gated.contiguous().view(torch.uint8), low_rank.hidden, low_rank.turns
     _projection_kernel[(down + tiles * parts,)](
         x, weight, x if bias is None else bias, out, partial, arrived, *update, tokens, features, inner, x.stride(0),
         BIAS=bias is not None, ACTIVATE=activate, RANK=rank, PARTS=parts, DOWN_PARTS=_DOWN_PARTS, ALONE=alone,

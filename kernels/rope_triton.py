@@ -83,7 +83,7 @@ def _rope_kernel(
     tile = tl.program_id(1)
     lane = tl.arange(0, HEADS)[:, None]
     slot = tl.load(slot_ptr + token).to(tl.int64) * kv_heads * head_dim
-    # Positions, slots and the table were written before any kernel that may still run.
+    # Positions, slots and the table are older than the kernel in front (see `overlap_triton.py`).
     position = tl.load(position_ptr + token).to(tl.int64)
     column = tl.arange(0, BLOCK_HALF)[None, :]
     row_ptr = table_ptr + position * table_row + column

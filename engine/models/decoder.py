@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from linocut.kernels.attention import AttentionLayout, staircase_attention
+from linocut.kernels.attention import AttentionLayout, plan_attention, staircase_attention
 from linocut.kernels.attention_flash import FlashAttention
 from linocut.kernels.backend import Backend
 from linocut.kernels.norm import rms_norm
@@ -189,6 +189,9 @@ class Decoder:
         b = self.part
         gate = Gate(noisy, self.dtype) if noisy is not None and isinstance(self.layers[0].qkv, Adapter) else None
         sizes = [b.heads, b.kv_heads, b.kv_heads]
+        if self.flash is None:
+            # Before the embedding, so that all that describes the rows is older than a kernel of torch's.
+            plan_attention(layout, ids.shape[0], b.heads, cache.keys[0], backend=self.backend)
         residual = self.share.embed(ids, self.embedding)
         if noisy is not None and self.mask_embedding is not None:
             # A mask id in a prompt is a final token like any other.

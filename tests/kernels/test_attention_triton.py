@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from linocut.kernels.attention import AttentionLayout, staircase_attention
+from linocut.kernels.attention import AttentionLayout, plan_attention, staircase_attention
 from linocut.kernels.attention_cuts import Config, choose_config
 from linocut.kernels.attention_oracle import staircase_attention_oracle
 from linocut.kernels.attention_triton import _tile_map, triton_attention
@@ -110,12 +112,24 @@ def test_configurations_fit_the_shapes():
     denoise = choose_config(64 * 32, 64, 32, 1024, 4, 7, 128, 132)
     assert denoise.block_m == 128
     assert denoise.splits == 1
-    for rows in (1, 8, 300):
-        for width in (1, 4, 32, 512):
-            for group in (1, 3, 7, 8, 16):
-                config = choose_config(rows * width, rows, width, 4096, 4, group, 128, 132)
-                assert config.block_m >= group
-                assert config.block_m in (16, 32, 64, 128)
+    for rows, width, group, visible, itemsize in product(
+        (1, 8, 300), (1, 4, 32, 512), (1, 3, 7, 8, 16), (1, 64, 96, 128, 640, 1280, 4096, 10_240), (2, 4)
+    ):
+        config = choose_config(rows * width, rows, width, visible, 4, group, 128, 132, itemsize)
+        assert config.block_m >= group
+        assert config.block_m in (16, 32, 64, 128)
+        # Fewer than half of the programs that share a tile's keys may find none.
+        assert config.splits == 1 or config.splits // 2 * config.block_n < visible
+
+
+def test_a_layout_may_be_planned_before():
+    q, k_cache, v_cache, layout = ragged_case(3)
+    plan_attention(layout, q.shape[0], q.shape[1], k_cache, backend="triton")
+    made = dict(layout.plans)
+    found = staircase_attention(q, k_cache, v_cache, layout, 0.25, backend="triton")
+    assert made
+    assert layout.plans == made, "the plan was that of the call"
+    torch.testing.assert_close(found, staircase_attention(q, k_cache, v_cache, layout, 0.25), rtol=1e-4, atol=1e-4)
 
 
 def test_odd_head_dimensions_are_refused():

@@ -89,23 +89,21 @@ def test_turns_of_launches_may_wrap():
     assert (low_rank.hidden[0] >> 32 == -(2**31) + 2).all()
 
 
-@pytest.mark.parametrize("rank", [0, 8, 96, 192])
-def test_a_rank_that_is_no_tile_is_refused(rank):
+@pytest.mark.parametrize("rank", [0, 8, 96, 192, 256, 512])
+def test_a_rank_that_is_not_for_it_is_refused(rank):
     assert not LowRank.fits(rank)
-    with pytest.raises(ValueError, match="power of two"):
+    with pytest.raises(ValueError, match=f"not {rank}"):
         LowRank(torch.zeros(64, rank))
 
 
 def test_more_rows_than_an_update_has_room_for_are_refused():
     low_rank, rows = LowRank(torch.zeros(64, 64)), MOST_ROWS + 1
-    with pytest.raises(ValueError, match=f"{MOST_ROWS} rows"):
-        project(
-            torch.zeros(rows, 128),
-            torch.zeros(128, 128),
-            low_rank=low_rank,
-            gated=torch.ones(rows, dtype=torch.bool),
-            backend="triton",
-        )
+    x, gated = torch.zeros(rows, 128), torch.ones(rows, dtype=torch.bool)
+    for weight, asked in ((torch.zeros(128, 128), rows), (torch.zeros(192, 128), 3)):
+        with pytest.raises(ValueError, match=f"64 features for {MOST_ROWS} rows"):
+            project(x[:asked], weight, low_rank=low_rank, gated=gated[:asked], backend="triton")
+    with pytest.raises(ValueError, match="no gates"):
+        project(x, torch.zeros(65, 128), activate=True, backend="triton")
 
 
 def test_rows_may_be_strided_and_there_may_be_none():
