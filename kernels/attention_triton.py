@@ -174,18 +174,19 @@ def _attention_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "splits"])
 def _join_kernel(
-    part_ptr, best_ptr, total_ptr, out_ptr, count,
+    part_ptr, best_ptr, total_ptr, out_ptr, count, splits,
     PLACES: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens * heads / PLACES): the weighted mean of the splits' results."""
+    """Grid (tokens * heads / PLACES): the weighted mean of the results of at most SPLITS splits."""
     follow(OVERLAP)
     place = tl.program_id(0).to(tl.int64) * PLACES + tl.arange(0, PLACES)
-    places = tl.arange(0, SPLITS).to(tl.int64)[None, :] * count + place[:, None]  # [PLACES, SPLITS]
+    split = tl.arange(0, SPLITS)[None, :]
+    places = split.to(tl.int64) * count + place[:, None]  # [PLACES, SPLITS]
     there = (place < count)[:, None]
-    best = tl.load(best_ptr + places, there, other=float("-inf"))
-    total = tl.load(total_ptr + places, there, other=0.0)
+    best = tl.load(best_ptr + places, there & (split < splits), other=float("-inf"))
+    total = tl.load(total_ptr + places, there & (split < splits), other=0.0)
     highest = tl.max(best, axis=1)[:, None]
     weight = total * tl.exp2(best - tl.where(highest == float("-inf"), 0.0, highest))
     dimension = tl.arange(0, HEAD_DIM)
@@ -233,8 +234,9 @@ def triton_attention(
     )  # fmt: skip
     if config.splits > 1:
         _join_kernel[(triton.cdiv(tokens * heads, _JOINED),)](
-            part, best, total, out, tokens * heads,
-            PLACES=_JOINED, SPLITS=config.splits, HEAD_DIM=head_dim, num_warps=4, **overlap(q.device, tokens),
+            part, best, total, out, tokens * heads, config.splits,
+            PLACES=_JOINED, SPLITS=8 if config.splits <= 8 else 32, HEAD_DIM=head_dim, num_warps=4,
+            **overlap(q.device, tokens),
         )  # fmt: skip
     return out
 

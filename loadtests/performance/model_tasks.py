@@ -81,8 +81,8 @@ def _answers(
     core: EngineCore, decoding: DecodingParams, settings: Settings, prompts: list[list[int]], clients: int
 ) -> Row:
     requests = settings.asked(clients)
-    with core.runner.learning():
-        run_clients(core, decoding, prompts, clients, requests, _rehearsed(settings, clients))
+    with core.runner.learning():  # of all shapes that the timed ones meet
+        run_clients(core, decoding, prompts, clients, requests, settings.tokens)
     found = run_clients(core, decoding, prompts, clients, requests, settings.tokens)
     per_forward = found.tokens / max(found.forwards, 1)
     return {**asdict(found), "tokens_per_second": found.tokens_per_second, "tokens_per_forward": per_forward}
@@ -111,13 +111,8 @@ def run_http(settings: Settings, path: Path, deadline: float) -> None:
     sheet.note(finished=True)
 
 
-def _rehearsed(settings: Settings, clients: int) -> int:
-    """Tokens of the answers before the timed ones, in which graphs of the load's shapes are captured."""
-    return settings.tokens if clients > 1 else settings.tokens // 4
-
-
 def _streams(url: str, bodies: list[Row], settings: Settings, clients: int) -> Row:
     requests = settings.asked(clients)
-    rehearsed = _rehearsed(settings, clients)
-    run_streams(url, [{**body, "max_tokens": rehearsed} for body in bodies], clients, requests)
+    # Before the timed ones, so that what a load's shapes need is compiled and captured.
+    run_streams(url, bodies, clients, requests)
     return run_streams(url, bodies, clients, requests).as_dict()
