@@ -21,8 +21,8 @@ def test_a_row_costs_more_the_more_sequences_pay_for_it() -> None:
 
 
 def test_waiting_for_the_host_takes_longer_with_more_rows() -> None:
-    for rows, measured in ((8, 0.518), (64, 2.227), (256, 7.701)):
-        assert waiting_ms(rows) == pytest.approx(measured, rel=0.1)
+    for rows, measured in ((8, 0.213), (64, 1.244), (256, 3.744)):
+        assert measured < waiting_ms(rows) < 2.2 * measured, "other hosts are up to twice as slow"
 
 
 def test_masks_are_as_many_as_pay() -> None:
