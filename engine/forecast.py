@@ -206,12 +206,13 @@ def _finishing(sequence: Sequence) -> float:
     """How likely it is that the step under way decides the rest of the block.
 
     A row that decides some positions a step on average is taken to decide the last m with a probability of their ratio.
+    Of the steps that decide: one that has room for a commit alone would else speak against room for more.
     """
     decided = sequence.decided
     left = decided.count(False) if decided else sequence.start + sequence.geometry.block - len(sequence.tokens)
     if left > sequence.targets:
         return 0.0
     made = len(sequence.tokens) - sequence.prompt_len + (len(decided) - left if decided else 0)
-    forwards = sequence.forwards or 1
+    forwards = sequence.deciding or 1
     rate = made / forwards if made > forwards else 1.0
     return rate / left if left > rate else 1.0

@@ -296,6 +296,7 @@ class Scheduler:
     def _apply(self, sequence: Sequence, ran: RowPlan, report: RowReport, now: float) -> list[int]:
         before, start = len(sequence.tokens), sequence.start
         sequence.forwards += 1
+        sequence.deciding += ran.targets > 0
         sequence.positions += ran.positions
         new: list[int] = []
         if report.prefix > before:

@@ -61,6 +61,7 @@ class Sequence:
     key: bytes = b""  # digest of the units counted in `units`
 
     forwards: int = 0
+    deciding: int = 0  # of the forwards those that asked about a position
     positions: int = 0
     cached_tokens: int = 0
     finish: FinishReason | None = None

@@ -68,11 +68,16 @@ def test_blocks_with_sub_blocks_keep_the_pace_exactly(tokens: int, cached: bool)
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("family", ["fast_dllm_v2", "sdar", "sdar16"])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_the_pace_is_the_same_where_steps_are_planned_ahead(family: str, tokens: int, cached: bool) -> None:
+@pytest.mark.parametrize("share", [0.003, 0.4])
+def test_the_pace_is_the_same_where_steps_are_planned_ahead(
+    family: str, tokens: int, cached: bool, share: float
+) -> None:
+    """On a GPU, and where a position is as dear as among hundreds of rows there."""
     core = engine(family, max_running=8, max_model_len=1024)
     replaying(core)
     core.overlapping = True
-    core.scheduler.row_share = core.runner.row_share = 0.003  # as on a GPU
+    core.scheduler.row_share = core.runner.row_share = share
+    core.scheduler.forward_ms = 0.0  # never worth a wait
     pace = Pace(core)
     at = paced(core, "blocks", {"strategy": "static", "sub_block_cache": cached}, tokens)
     with claimed_contexts(core):
