@@ -12,7 +12,7 @@ import math
 import msgspec
 
 from .plan import RowPlan
-from .prices import worthwhile_masks
+from .prices import drafts_pay, worthwhile_masks
 from .sequence import Sequence
 
 # Rows of a frontier that may be fed where they cost next to nothing, whatever the last step fed: drafts come and go.
@@ -76,6 +76,15 @@ def shorten(coming: Coming, sequence: Sequence, cost: float) -> None:
         return
     cost = float(sequence.request.decoding.values.get("row_cost", cost))
     coming.segment = geometry.shortest - 1 + worthwhile_masks(geometry.segment - geometry.shortest + 1, cost)
+
+
+def first_draft_pays(sequence: Sequence, cost: float) -> bool:
+    """Whether masks that draft behind a sequence's known tokens pay for themselves; cost: as of `forecast`."""
+    geometry = sequence.geometry
+    if not geometry.shortest:
+        return True  # they are no masks
+    cost = float(sequence.request.decoding.values.get("row_cost", cost))
+    return drafts_pay(geometry.segment - geometry.shortest + 1, cost)
 
 
 def is_cut(sequence: Sequence, row: RowPlan) -> bool:

@@ -19,7 +19,7 @@ from .cache.holdings import Holdings, slot_of
 from .cache.pages import OutOfPages, PagePool
 from .cache.prefix import PrefixCache
 from .counters import SchedulerCounters
-from .forecast import Coming, forecast, known, shorten, what_ran
+from .forecast import Coming, first_draft_pays, forecast, known, shorten, what_ran
 from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
 from .prices import marginal_cost, waiting_ms
 from .sequence import Sequence, Status
@@ -336,6 +336,9 @@ class Scheduler:
         sequence.status = Status.RUNNING
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
+        if sequence.segments and not first_draft_pays(sequence, marginal_cost(len(self.running), self.row_share)):
+            # A device that meets a row does not know of the load yet, and drafts: without room it does not.
+            sequence.segments = 0
         return True
 
     def _admission(self, sequence: Sequence) -> Admission:

@@ -56,7 +56,7 @@ def test_one_product_for_texts_and_drafts_changes_nothing(tmp_path: Path, monkey
     if core.info.attention != "native":
         pytest.skip("no kernels that give each row its own bits")
     # So dear that no row has a second segment.
-    rules = [{"row_cost": 0.5}, {"row_cost": 0.5, "draft_length": 3}]
+    rules = [{"row_cost": 0.2}, {"row_cost": 0.2, "draft_length": 3}]
     met: list[bool] = []
     certain = core.runner._drafts_are_certain
 

@@ -51,3 +51,25 @@ def test_draft_segments_shrink_where_rows_are_dear(source: str, tmp_path: Path) 
         run(core, [request(core, "a/0", prompt_of(9, seed=1), 24, values)])
         found[share, asked, shortens] = {length - lead for length in lengths}
     assert list(found.values()) == [{4}, {2}, {4}, {4}]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_row_that_is_new_under_load_gets_no_room_for_drafts(tmp_path: Path, ahead: bool) -> None:
+    """One row with a draft has all rows of its step draft: a group reads the vocabulary together."""
+    folder, found = converted_folder(tmp_path), {}
+    for share, asked in [(0.003, None), (1.0, None), (1.0, 0.0), (0.003, 1.0)]:
+        core, drafting = core_of(folder), set()
+        core.overlapping = ahead
+        core.runner.row_share = core.scheduler.row_share = share
+        launch = core.launch
+
+        def noting(plan, launch=launch, drafting=drafting):  # type: ignore[no-untyped-def]
+            drafting |= {row.segments > 0 for row in plan.rows}
+            return launch(plan)
+
+        core.launch = noting  # type: ignore[method-assign]
+        values = {"draft_length": 4} if asked is None else {"draft_length": 4, "row_cost": asked}
+        answers = run(core, [request(core, f"a/{at}", prompt_of(9, seed=at), 24, values) for at in range(3)])
+        found[share, asked] = drafting, sorted((at, tuple(answer.tokens)) for at, answer in answers.items())
+    assert [True in drafting for drafting, _ in found.values()] == [True, False, True, False]
+    assert len({str(text) for _, text in found.values()}) == 1, "the text is the same"

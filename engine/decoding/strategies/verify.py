@@ -10,14 +10,11 @@ from msgspec import Meta
 from torch import Tensor
 
 from ...family import FamilyTraits
+from ...prices import FEW_MASKS, GAIN
 from ..strategy import FrontierStrategy, RowCost, Values
 from ..view import Decision, RowView, Span, WindowStatistics
 
 MAX_DRAFT = 12
-# Tokens that a following forward gains, on average, by having drafts.
-_GAIN = 0.8
-# Masks that gain most of it.
-_FEW = 4
 
 
 class VerifyParams(msgspec.Struct, frozen=True):
@@ -85,10 +82,11 @@ class Verify(FrontierStrategy):
         ends = torch.where(last, reach, ends)
         useful = (offsets <= count[:, None]) & (view.start[:, None] + offsets + 3 <= view.limit[:, None])
         length = view.parameters["draft_length"][:, None]
-        worth = ends * _GAIN >= cost * length
+        worth = ends * GAIN >= cost * length
         best = torch.zeros_like(useful).scatter_(1, ends.argmax(dim=1, keepdim=True), True)
-        # Under a load where not even a few masks pay for themselves, the forward is that of `autoregressive`.
-        chosen = useful & (worth | (best & (cost * length.clamp(max=_FEW) <= _GAIN)))
+        # Under a load where not even a few masks pay for themselves (`prices.drafts_pay`), the forward is that of
+        # `autoregressive`.
+        chosen = useful & (worth | (best & (cost * length.clamp(max=FEW_MASKS) <= GAIN)))
         # The likeliest first: there may be no room for all.
         order = torch.sort(torch.where(chosen, ends, -1.0), dim=1, descending=True, stable=True).indices
         segments = torch.where(chosen.gather(1, order), order.int(), -1)
