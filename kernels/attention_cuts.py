@@ -37,8 +37,10 @@ def choose_config(
         return count
 
     needed = max(16, _power_of_2(typical * group), _power_of_2(group))
-    half = itemsize == 2
-    most = 128 if half and head_dim >= 128 else 64
+    half, row_bytes = itemsize == 2, head_dim * itemsize
+    most = 128 if half and head_dim == 128 else 64
+    if row_bytes > 512:
+        most = 32  # a processor has no room for more
     block_m = max(min(needed, most), _power_of_2(group))
     # Smaller tiles keep more processors busy, and waste less of a short causal triangle.
     if block_m == 128:
@@ -64,7 +66,7 @@ def choose_config(
         splits = 1
     num_warps, num_stages = 4, 2
     if not half:
-        block_n = 64 if head_dim * itemsize <= 256 else 32
+        block_n = 64 if row_bytes <= 256 else 32
     elif block_m >= 128:
         block_n, num_warps, num_stages = 128, 8, 4
     elif _is_short_prefill(max_query, max_visible) and count >= 4 * processors:
@@ -72,7 +74,7 @@ def choose_config(
     else:
         # Where a processor has one program, more keys at a time are more in flight.
         short = splits > 1 and (block_m == 64 or max_visible <= 128 * splits)
-        block_n = 64 if short or (block_m == 64 and count * splits > processors) else 128
+        block_n = 64 if short or row_bytes > 256 or (block_m == 64 and count * splits > processors) else 128
     block_n = max(16, min(block_n, _power_of_2(max_visible)))
     return Config(block_m, block_n, splits, num_warps, num_stages)
 
