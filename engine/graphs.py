@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import StepLayout, StepShape, array_size
+from .layout import StepLayout, StepShape, array_size, largest_size
 
 # Steps of more positions are not captured. Where positions times parameters pass the third number, the device is slower
-# than the host that launches kernel after kernel; and steps that large are mostly prefill, whose sizes differ.
-_LEAST, _MOST, _OPERATIONS = 1024, 4096, 10**12
+# than the host that launches kernel after kernel (some 550 of 30 layers; an H200's host took 19 ms, by the times of its
+# first tokens). The second is a GPU's token budget: prefills that fill it have that size, whatever the prompts are.
+_LEAST, _MOST, _OPERATIONS = 1024, 8192, 4 * 10**12
 # Graphs kept; the least recently used one goes first.
 MAX_GRAPHS = 256
 
@@ -32,8 +33,8 @@ class _Captured:
 
 
 def most_positions(parameters: int) -> int:
-    """Of a step that is captured; parameters: of the model."""
-    return min(max(_OPERATIONS // parameters, _LEAST), _MOST)
+    """Of a step that is captured, and a size that steps are rounded up to; parameters: of the model."""
+    return largest_size(min(max(_OPERATIONS // parameters, _LEAST), _MOST))
 
 
 class StepGraphs:

@@ -207,6 +207,12 @@ def _few_sizes(count: int) -> int:
     return -(-count // step) * step
 
 
+def largest_size(count: int) -> int:
+    """The largest number of positions, at most `count`, that a step may be rounded up to; count: at least 256."""
+    step = 1 << count.bit_length() - 3
+    return count // step * step
+
+
 def _power(value: int, base: int = 2, least: int = 1) -> int:
     """The least power of `base`, times `least`, that is not below `value`."""
     size = least

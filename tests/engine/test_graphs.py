@@ -50,6 +50,27 @@ def test_a_growing_load_needs_few_graphs() -> None:
     assert len(seen) <= MAX_GRAPHS / 2
 
 
+@pytest.mark.parametrize("parameters", [10**8, 494 * 10**6, 6 * 10**8, 1.5 * 10**9, 10**10])
+def test_what_may_be_captured_is_not_rounded_up_beyond_it(parameters: float) -> None:
+    most = most_positions(int(parameters))
+    assert laid_out([row(0, most, 0)]).shape.tokens == most
+    assert laid_out([row(0, most - 1, 0)]).shape.tokens == most
+    assert laid_out([row(0, most + 1, 0)]).shape.tokens > most
+
+
+def test_prefills_that_fill_the_budget_are_one_size() -> None:
+    """Of prompts of any lengths, the first and the last one of a step cut, as many as fit: nothing is padding."""
+    core = engine("causal", max_running=64, token_budget=256)
+    replays = replaying(core)
+    asked = {"strategy": "autoregressive"}
+    lengths = [20 + 7 * i % 40 for i in range(40)]
+    run(core, [request(core, f"{i}", prompt_of(n, seed=i), 1, asked) for i, n in enumerate(lengths)])
+    assert replays.replays == -(-sum(lengths) // 256)
+    full = [shape for shape in replays.shapes if shape.tokens == 256]
+    assert len(full) >= len(replays.shapes) - 1, "the last step has what is left"
+    assert len(full) <= 2, "whatever the rows are"
+
+
 def test_the_array_says_where_every_row_of_a_step_stands() -> None:
     rows = [row(7, 2, 1), row(3, 4, 0), row(5, 1, 1), row(8, 2, 2, strategy="verify", segments=2)]
     layout = laid_out(rows)
