@@ -73,7 +73,7 @@ class Holdings:
     def share(self, sequence: Sequence) -> None:
         """Let others find the units of a sequence that are final by now."""
         size, per_unit = self.prefix.unit_tokens, self.prefix.unit_pages
-        if sequence.final_len < (len(sequence.units) + 1) * size:
+        if not self.prefix.enabled or sequence.final_len < (len(sequence.units) + 1) * size:
             return
         # Drafts behind a stop may have been right: their K/V is final, but they are no part of the text.
         final = min(sequence.final_len, len(sequence.tokens))

@@ -6,6 +6,7 @@ import pytest
 from fake_device import BLOCKS, CAUSAL, SHIFTED, Geometry
 from harness import Harness
 
+from linocut.engine.cache.prefix import PrefixCache
 from linocut.engine.sequence import Status
 
 
@@ -115,6 +116,14 @@ def test_without_prefix_caching_choices_start_at_once_and_nothing_is_shared() ->
     assert all(s.status is Status.RUNNING for s in choices)
     harness.drain()
     assert [s.cached_tokens for s in choices] == [0, 0, 0]
+
+
+def test_without_prefix_caching_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(BLOCKS, caching=False, budget=200)
+    monkeypatch.delattr(PrefixCache, "next_key")
+    (sequence,) = harness.add([1] * 37, max_tokens=40)
+    harness.drain()
+    assert sequence.finish == "length"
 
 
 def test_a_preempted_sequence_finds_what_is_left_of_its_pages() -> None:
