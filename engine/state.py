@@ -211,9 +211,9 @@ def _initial_tokens(admissions: list[Admission], mask_id: int | None) -> tuple[n
     decided = np.zeros(tokens.shape, np.bool_)
     for index, row in enumerate(admissions):
         known = len(row.tokens)
-        tokens[index, :known] = row.tokens
+        tokens[index, :known] = np.fromiter(row.tokens, np.int32, known)
         if mask_id is None or row.geometry.refeeds:
-            tokens[index, : known + FIRST_DRAFT] = np.resize(tokens[index, :known], known + FIRST_DRAFT)
+            tokens[index, known : known + FIRST_DRAFT] = np.resize(tokens[index, :known], FIRST_DRAFT)
         else:
             behind = row.window[max(known - row.start, 0) :]
             tokens[index, known : known + len(behind)] = behind
