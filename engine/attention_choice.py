@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 import torch
 
 from linocut.kernels.attention_flash import FlashAttention, FlashUnavailableError, find_flash
 from linocut.kernels.attention_self_test import TOLERANCE, attention_error
+from linocut.kernels.attention_variants import compile_attention
 from linocut.kernels.backend import Backend, default_backend
 from linocut.kernels.native import load_native
 
 from .config import EngineConfig
 from .errors import ConfigError
 from .models.backbone import Backbone
+from .models.decoder import Decoder, KVCache
 from .models.embedded import cache_root
 
 log = logging.getLogger("linocut.engine")
@@ -50,6 +53,15 @@ def choose_attention(
         log.warning("FlashAttention is left out, the Triton kernels serve: %s", str(error)[:300])
         return backend, None
     return backend, flash
+
+
+def compile_variants(decoder: Decoder, cache: KVCache, *, rows: int, tokens: int, visible: int, drafts: bool) -> None:
+    """Before a request has to wait for one: all that steps of so many rows, tokens and positions may ask of Triton's
+    attention, which `decoder` is with. drafts: with segments of drafts, too."""
+    began = time.perf_counter()
+    heads, keys, values = decoder.part.heads, cache.keys[0], cache.values[0]
+    count = compile_attention(heads, keys, values, rows=rows, tokens=tokens, visible=visible, scratch=drafts)
+    log.info("%d variants of attention are ready after %.1f s", count, time.perf_counter() - began)
 
 
 def _error(

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import torch
 
-from .attention_choice import choose_attention
+from .attention_choice import choose_attention, compile_variants
 from .cache.pages import PagePool
 from .cache.prefix import PrefixCache
 from .config import EngineConfig
@@ -99,8 +99,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
     try:
         offer = offered(traits)
         defaults = resolve(offer, {"strategy": config.strategy, **config.strategy_parameters})
-        for name in config.warm_up:
-            resolve(offer, {"strategy": name})
+        expected = [defaults, *(resolve(offer, {"strategy": name}) for name in config.warm_up)]
     except ParameterError as error:
         raise ConfigError(f"{error.param.removeprefix('diffusion.')}: {error}") from None
 
@@ -160,6 +159,9 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         row_share=row_share(device, dtype, config.quantization, backend, backbone.parameters),
         equipment=Equipment(read_filter(folder, device)),
     )
+    if runner.graphs is not None:
+        drafts = any(runner.strategies[one.strategy].segment(one.values, traits) for one in expected)
+        compile_variants(decoder, cache, rows=max_running, tokens=token_budget, visible=max_model_len, drafts=drafts)
     pool = PagePool(pages)
     fingerprint = f"{traits.context}/{traits.block_size}/start"
     # Token-causal K/V does not depend on blocks, and that of a canvas on all of it.

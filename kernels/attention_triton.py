@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .attention_cuts import Config, choose_config
 from .overlap_triton import follow, overlap
+from .sizes import ceil_div
 
 if TYPE_CHECKING:
     from .attention import AttentionLayout
@@ -233,7 +234,7 @@ def triton_attention(
         num_warps=config.num_warps, num_stages=config.num_stages, **settings,
     )  # fmt: skip
     if config.splits > 1:
-        _join_kernel[(triton.cdiv(tokens * heads, _JOINED),)](
+        _join_kernel[(ceil_div(tokens * heads, _JOINED),)](
             part, best, total, out, tokens * heads, config.splits,
             PLACES=_JOINED, SPLITS=8 if config.splits <= 8 else 32, HEAD_DIM=head_dim, num_warps=4,
             **overlap(q.device, tokens),
@@ -241,9 +242,9 @@ def triton_attention(
     return out
 
 
-def plan(layout: AttentionLayout, tokens: int, heads: int, k_cache: Tensor) -> None:
+def plan(layout: AttentionLayout, tokens: int, heads: int, k_cache: Tensor, config: Config | None = None) -> None:
     """`attention.plan_attention`."""
-    config = _config(layout, tokens, heads, k_cache)
+    config = config or _config(layout, tokens, heads, k_cache)
     _tile_map(layout, config.block_m // (heads // k_cache.shape[2]), tokens)
 
 
@@ -251,7 +252,7 @@ def _config(layout: AttentionLayout, tokens: int, heads: int, k_cache: Tensor) -
     kv_heads, head_dim = k_cache.shape[2:]
     return choose_config(
         tokens, layout.page_table.shape[0], layout.max_query, layout.max_visible, kv_heads, heads // kv_heads, head_dim,
-        _processors(k_cache.device), k_cache.element_size(),
+        processors_of(k_cache.device), k_cache.element_size(),
     )  # fmt: skip
 
 
@@ -266,7 +267,7 @@ def _tile_map(layout: AttentionLayout, positions: int, tokens: int) -> Tensor:
         rows = layout.page_table.shape[0]
         tiles = tokens // positions + rows + 1
         found = torch.empty((tiles, 3), dtype=torch.int32, device=layout.query_start.device)
-        _map_kernel[(triton.cdiv(tiles, _MAP_BLOCK),)](
+        _map_kernel[(ceil_div(tiles, _MAP_BLOCK),)](
             layout.query_start, found, rows, tokens, tiles, (rows + 1).bit_length(),
             POSITIONS=positions, BLOCK=_MAP_BLOCK,
         )  # fmt: skip
@@ -275,7 +276,8 @@ def _tile_map(layout: AttentionLayout, positions: int, tokens: int) -> Tensor:
     return result
 
 
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
+    """An H200's in the interpreter."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap_triton import follow, overlap
+from .sizes import ceil_div, power_of_2
 
 _SORT_BLOCK = 1024
 _SUM_BLOCK = 1024
@@ -34,7 +35,7 @@ class Config:
 def choose_config(rows: int, experts: int) -> Config:
     """For `rows` rows (tokens times active experts) over `experts` experts; from sizes known to the host alone."""
     # As measured on an H200: few rows are bound by the weights, and take long steps; many by arithmetic.
-    block_m = max(16, min(128, triton.next_power_of_2(rows // experts + 1)))
+    block_m = max(16, min(128, power_of_2(rows // experts + 1)))
     if block_m == 16:
         return Config(block_m, 64, 128, 4, 3)
     if block_m <= 64:
@@ -167,13 +168,13 @@ def triton_mix_experts(
     y = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
     for up, source, matrices, target in ((True, x, ups, h), (False, h, downs, y)):
         features, inner = target.shape[1], source.shape[1]
-        _product_kernel[(tiles, triton.cdiv(features, config.block_n))](
+        _product_kernel[(tiles, ceil_div(features, config.block_n))](
             source, matrices, target, order, tile_map, features, inner, active, source.stride(0),
             UP=up, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             EVEN=inner % config.block_k == 0, WIDE=triton.knobs.runtime.interpret,
             num_warps=config.num_warps, num_stages=config.num_stages, **overlap(x.device, tokens),
         )  # fmt: skip
-    _sum_kernel[(tokens, triton.cdiv(hidden, _SUM_BLOCK))](
+    _sum_kernel[(tokens, ceil_div(hidden, _SUM_BLOCK))](
         y, weights.contiguous(), out, hidden, ACTIVE=active, BLOCK=_SUM_BLOCK, num_warps=4, **overlap(x.device, tokens)
     )
     return out

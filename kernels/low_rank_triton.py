@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap_triton import follow, overlap
+from .sizes import ceil_div, power_of_2
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -45,9 +46,9 @@ def triton_gated_low_rank(y: Tensor, h: Tensor, up: Tensor, rows: Tensor) -> Non
     up = up if up.stride(1) == 1 else up.contiguous()
     tile = 16 if tokens <= 64 else 64
     columns = 64 if tokens <= 64 else 128
-    _low_rank_kernel[(triton.cdiv(out, columns), triton.cdiv(tokens, tile))](
+    _low_rank_kernel[(ceil_div(out, columns), ceil_div(tokens, tile))](
         y, h, up, rows.view(torch.uint8), tokens, out, rank, y.stride(0), h.stride(0), up.stride(0),
-        ROWS=tile, COLUMNS=columns, RANK=max(16, triton.next_power_of_2(rank)), num_warps=4,
+        ROWS=tile, COLUMNS=columns, RANK=max(16, power_of_2(rank)), num_warps=4,
         UPCAST=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
         **overlap(y.device, tokens),
     )  # fmt: skip

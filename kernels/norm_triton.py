@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap_triton import follow, overlap
+from .sizes import ceil_div, power_of_2
 
 _MAX_TILE = 4096
 
@@ -70,7 +71,7 @@ def triton_silu_and_mul(gate_up: Tensor) -> Tensor:
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     out = torch.empty((*gate_up.shape[:-1], inter), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() > 0:
-        grid = (flat.shape[0], triton.cdiv(inter, 1024))
+        grid = (flat.shape[0], ceil_div(inter, 1024))
         settings = overlap(flat.device, flat.shape[0])
         _silu_kernel[grid](flat, out, inter, flat.stride(0), BLOCK=1024, num_warps=4, **settings)
     return out
@@ -84,10 +85,10 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, fuse
     total = out if residual is None else torch.empty_like(out)
     inner = x3.shape[1]
     rows = x3.shape[0] * inner
-    block = triton.next_power_of_2(size)
-    tile_rows = max(1, min(_MAX_TILE // 4 // block, triton.next_power_of_2(rows)))
+    block = power_of_2(size)
+    tile_rows = max(1, min(_MAX_TILE // 4 // block, power_of_2(rows)))
     if rows > 0:
-        _norm_kernel[(triton.cdiv(rows, tile_rows),)](
+        _norm_kernel[(ceil_div(rows, tile_rows),)](
             x3, r3, weight, out, total,
             rows, inner, size, x3.stride(0), x3.stride(1), r3.stride(0), r3.stride(1), eps,
             FUSED=fused, ADD=residual is not None, ROWS=tile_rows, BLOCK=block,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap_triton import follow, overlap
+from .sizes import power_of_2
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # That a rank writes to the others for a sum, turns and all: beyond, NCCL moves half as much.
@@ -148,7 +149,7 @@ def triton_peer_add_rms_norm(
     x_words, residual_words, weight_words, out_words, total_words = (
         tensor.view(torch.int32) for tensor in (x, residual, weight, out, total)
     )
-    width = int(triton.next_power_of_2(x_words.shape[1]))
+    width = power_of_2(x_words.shape[1])
     _sum_norm_kernel[(rows,)](
         x_words, residual_words, weight_words, out_words, total_words, letters.turns, letters.addresses,
         size, x_words.shape[1], eps,

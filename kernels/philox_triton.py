@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import philox
+from .sizes import ceil_div
 
 _ROUNDS = tl.constexpr(philox.ROUNDS)
 _LARGEST = tl.constexpr(philox.LARGEST_BELOW_ONE)
@@ -50,6 +51,6 @@ def triton_gumbel_noise(
     out = torch.empty((seed.shape[0], vocab), dtype=torch.float32, device=seed.device)
     lead = vocab_start % 4
     if out.numel() > 0:
-        grid = (seed.shape[0], triton.cdiv(lead + vocab, 1024))
+        grid = (seed.shape[0], ceil_div(lead + vocab, 1024))
         _noise_kernel[grid](seed, choice, position, step, out, vocab_start // 4, lead, vocab, BLOCK=1024)
     return out

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .overlap_triton import follow, overlap
 from .projection import MOST_ROWS, TILE, LowRank, is_shared
+from .sizes import ceil_div, power_of_2
 
 # Programs that share a tile of the way down.
 _DOWN_PARTS = 4
@@ -155,7 +156,7 @@ def triton_projection(
     if tokens == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    tiles, down = triton.cdiv(out.shape[1], TILE // 2 if activate else TILE), rank // TILE * _DOWN_PARTS
+    tiles, down = ceil_div(out.shape[1], TILE // 2 if activate else TILE), rank // TILE * _DOWN_PARTS
     # Many programs share a processor, which hides their starts; one that is alone has to have more in flight, for
     # which float32 leaves no room.
     alone = tiles <= 256 and inner % 256 == 0 and x.element_size() == 2
@@ -172,7 +173,7 @@ def triton_projection(
     _projection_kernel[(down + tiles * parts,)](
         x, weight, x if bias is None else bias, out, partial, arrived, *update, tokens, features, inner, x.stride(0),
         BIAS=bias is not None, ACTIVATE=activate, RANK=rank, PARTS=parts, DOWN_PARTS=_DOWN_PARTS, ALONE=alone,
-        TOKENS=max(16, triton.next_power_of_2(tokens)), BLOCK_N=TILE, BLOCK_K=block_k,
+        TOKENS=max(16, power_of_2(tokens)), BLOCK_N=TILE, BLOCK_K=block_k,
         WIDE=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
         num_warps=4, num_stages=num_stages, **overlap(x.device, tokens),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .overlap_triton import follow, overlap
 from .rope import HeadNorm
+from .sizes import ceil_div, power_of_2
 
 
 @triton.jit
@@ -126,17 +127,17 @@ def triton_rope_and_cache_write(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    tile_heads = min(8, triton.next_power_of_2(max(heads, kv_heads)))
-    q_tiles, k_tiles = triton.cdiv(heads, tile_heads), triton.cdiv(kv_heads, tile_heads)
+    tile_heads = min(8, power_of_2(max(heads, kv_heads)))
+    q_tiles, k_tiles = ceil_div(heads, tile_heads), ceil_div(kv_heads, tile_heads)
     rest = head_dim - 2 * half
     _rope_kernel[(tokens, q_tiles + 2 * k_tiles)](
         q, k, v, table, positions, slots, out, k_cache, v_cache,
         q if norm is None else norm.query, k if norm is None else norm.key,
         heads, kv_heads, head_dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         table.stride(0), q_tiles, k_tiles, 0.0 if norm is None else norm.eps,
-        HALF=half, BLOCK_HALF=triton.next_power_of_2(half),
-        BLOCK_REST=triton.next_power_of_2(rest) if rest > 0 else 0,
-        BLOCK_HEAD=triton.next_power_of_2(head_dim), HEADS=tile_heads,
+        HALF=half, BLOCK_HALF=power_of_2(half),
+        BLOCK_REST=power_of_2(rest) if rest > 0 else 0,
+        BLOCK_HEAD=power_of_2(head_dim), HEADS=tile_heads,
         NORM=norm is not None, FUSED=norm is not None and norm.fused, num_warps=2,
         enable_fp_fusion=False,  # or float16 products go into sums unrounded
         **overlap(q.device, tokens),

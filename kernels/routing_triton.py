@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .overlap_triton import follow, overlap
+from .sizes import power_of_2
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def triton_route(
             logits, logits if bias is None else bias, experts, weights, logits.stride(0), scale,
             SIGMOID=score == "sigmoid", BIAS=bias is not None, BIAS_COUNTS=bias_counts, NORMALISE=normalise,
             GROUPS=groups, SIZE=count // groups, ACTIVE_GROUPS=active_groups, ACTIVE=active,
-            PLACES=triton.next_power_of_2(active), num_warps=1,
+            PLACES=power_of_2(active), num_warps=1,
             **overlap(logits.device, tokens),
         )  # fmt: skip
     return experts, weights

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .filters import Cutoff
 from .philox_triton import gumbel, noise_words
+from .sizes import ceil_div, power_of_2
 from .statistics import VocabPartials, VocabStatistics
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def triton_partials(
     rows, width = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     lead = vocab_start % 4
-    slices = triton.cdiv(lead + width, _BLOCK)
+    slices = ceil_div(lead + width, _BLOCK)
     sampled = sampling is not None and sampling.sampled
     names = ["maximum", "total", "best_logit"]
     names += ["moment"] * entropy + ["second_logit"] * margin + ["kept_total"] * kept_total
@@ -214,7 +215,7 @@ def triton_merge(
             unused if filtered_confidence is None else filtered_confidence.view(torch.uint8),
             token, *found.unbind(), slices, rows,
             SAMPLED=sampled, ENTROPY=p.moment is not None, MARGIN=p.second_logit is not None, FILTERED=filtered,
-            SLICES=triton.next_power_of_2(slices), num_warps=1,
+            SLICES=power_of_2(slices), num_warps=1,
         )  # fmt: skip
     confidence, logprob, entropy, margin = found.unbind()
     return VocabStatistics(

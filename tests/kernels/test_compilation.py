@@ -42,7 +42,8 @@ from linocut.kernels import overlap_triton
 
 overlap_triton.is_hopper = lambda device: True
 
-from linocut.kernels.attention_triton import Config, plan, triton_attention
+from linocut.kernels.attention_cuts import Config, choose_config
+from linocut.kernels.attention_triton import plan, triton_attention
 from linocut.kernels.filters import filter_cutoff
 from linocut.kernels.norm import add_rms_norm, rms_norm, silu_and_mul
 from linocut.kernels.philox import gumbel_noise
@@ -61,6 +62,8 @@ for dtype, group, head_dim, scratch, config in [
     (bfloat16, 7, 128, True, Config(128, 64, 1, 8, 3)),
     (bfloat16, 3, 64, True, Config(32, 64, 4, 4, 3)),
     (float32, 4, 64, False, Config(16, 32, 2, 4, 2)),
+    (bfloat16, 4, 256, True, choose_config(128, 4, 32, 4096, 8, 4, 256, 132)),
+    (float32, 4, 256, False, choose_config(128, 4, 32, 4096, 8, 4, 256, 132, 4)),
 ]:
     shape = {"widths": [1, 8], "contexts": [30, 300], "page_size": 16, "scratch": scratch, "dtype": dtype}
     q, k_cache, v_cache, layout = ragged_case(0, group=group, head_dim=head_dim, **shape)
