@@ -20,6 +20,8 @@ from .step_clock import StepClock
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 PROMPT = (12, 40)
 TOKENS = 40
+# Prompts that come at once and fill this many forwards: the first of a shape is run, the second one captured.
+LONG_PROMPT, FULL_FORWARDS = 512, 3
 
 log = logging.getLogger("linocut.engine")
 
@@ -70,12 +72,22 @@ def _answer(core: EngineCore, decoding: DecodingParams | None, clients: tuple[in
     for temperature in dict.fromkeys((0.0, usual["temperature"])):
         fields: dict[str, Any] = {**usual, "max_tokens": tokens, "temperature": temperature}
         sampling = msgspec.convert(fields, SamplingParams)
+
+        def ask(lengths: list[int], name: str, sampling: SamplingParams = sampling) -> None:
+            for index, length in enumerate(lengths):
+                prompt = draw.choices(ids, k=length)
+                core.add(
+                    AddRequest(
+                        request_id=f"warm-up-{name}-{index}", prompt=prompt, sampling=sampling, decoding=decoding
+                    )
+                )
+            while core.busy:
+                core.step()
+
         for count in clients:
             # Twice: a shape is captured when it comes again.
             for turn in range(2 * (count <= info.max_running)):
-                for index in range(count):
-                    prompt = draw.choices(ids, k=draw.randint(*PROMPT))
-                    name = f"warm-up-{temperature}-{count}-{turn}-{index}"
-                    core.add(AddRequest(request_id=name, prompt=prompt, sampling=sampling, decoding=decoding))
-                while core.busy:
-                    core.step()
+                ask([draw.randint(*PROMPT) for _ in range(count)], f"{temperature}-{count}-{turn}")
+        length = min(LONG_PROMPT, info.max_model_len - tokens)
+        full = min(FULL_FORWARDS * info.token_budget // length, info.capacity)
+        ask([length] * full, f"{temperature}-full", msgspec.structs.replace(sampling, max_tokens=1))

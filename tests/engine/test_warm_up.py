@@ -15,6 +15,8 @@ def test_it_meets_shapes_and_leaves_nothing_behind(family: str) -> None:
     replays, blank = replaying(core), core.stats()
     warm_up(core, clients=(1, 2, 8, 16))
     assert {sum(group.last - group.first for group in shape.groups) for shape in replays.shapes} >= {1, 2, 8}
+    largest = max(shape.tokens for shape in replays.shapes)
+    assert largest >= 0.9 * core.info.token_budget, "a forward that is full of prompts"
     assert_empty(core)
     left = core.stats()
     assert left.pages_free == left.pages_total, "nor its prompts' pages"
