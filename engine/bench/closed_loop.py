@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..core import EngineCore
 from ..messages import AddRequest
 from ..params import DecodingParams, SamplingParams
+from .collector import settled
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ def run_clients(
 ) -> ClosedLoop:
     """`requests` prompts, taken in turns from `prompts`, at most `clients` at a time, greedy, each to its end or for
     `tokens` tokens. Raises RuntimeError if one fails."""
+    with settled():
+        return _answers(core, decoding, prompts, clients, requests, tokens)
+
+
+def _answers(
+    core: EngineCore, decoding: DecodingParams, prompts: list[list[int]], clients: int, requests: int, tokens: int
+) -> ClosedLoop:
     sampling = SamplingParams(max_tokens=tokens, temperature=0.0)
     asked: dict[str, float] = {}
     firsts: dict[str, float] = {}

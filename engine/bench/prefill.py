@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..core import EngineCore
 from ..messages import AddRequest
 from ..params import DecodingParams, SamplingParams
+from .collector import settled
 from .generation import bench_prompts
 
 
@@ -36,10 +37,11 @@ def measure_prefill(
     for turn in range(repeats + 2):
         core.scheduler.prefix.clear()
         firsts: dict[str, float] = {}
-        began = time.perf_counter()
-        for index, prompt in enumerate(bench_prompts(sequences, length, core.info.vocab_size)):
-            core.add(AddRequest(request_id=f"{turn}-{index}", prompt=prompt, sampling=sampling, decoding=decoding))
-        with core.runner.learning(turn == 0):
+        prompts = bench_prompts(sequences, length, core.info.vocab_size)
+        with settled(), core.runner.learning(turn == 0):
+            began = time.perf_counter()
+            for index, prompt in enumerate(prompts):
+                core.add(AddRequest(request_id=f"{turn}-{index}", prompt=prompt, sampling=sampling, decoding=decoding))
             while core.busy:
                 for output in core.step():
                     if output.token_ids:

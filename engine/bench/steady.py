@@ -18,6 +18,7 @@ from ..flight import Flight
 from ..messages import Abort, AddRequest, EngineStats
 from ..params import DecodingParams, SamplingParams
 from ..runner import ModelRunner
+from .collector import settled
 
 # Steps before the first one that counts: a few, and at most so many until all graphs are captured.
 _LEAD = 3
@@ -92,7 +93,8 @@ def measure_steady(
     """
     with steady_load(core, decoding, sequences, context, cycle, warm_seconds) as pace:
         cycles = max(1, min(round(seconds / max(pace * cycle, 1e-9)), most // cycle))
-        return _timed(core, sequences, context, cycles * cycle)
+        with settled():
+            return _timed(core, sequences, context, cycles * cycle)
 
 
 @contextmanager
