@@ -39,12 +39,14 @@ class PacedGrid(Static):
 
 
 class PacedVerify(Verify):
-    """A draft is right with a given probability, and known to be.
+    """Of a row's drafts a given number are right in each forward, or all where there are fewer.
 
-    So what a row promises, and which rows run at the present load, is decided as it is for drafts of that quality.
-    probability: [] float32, on the device.
+    Of a number that is not whole, one more in so many forwards. What a row promises, and which rows run at the present
+    load, is decided as it is for drafts that are right with a given probability. right, probability: [] float32, on
+    the device.
     """
 
+    right: Tensor
     probability: Tensor
 
     def plan(self, view: RowView, traits: FamilyTraits) -> Span:
@@ -54,15 +56,15 @@ class PacedVerify(Verify):
     def decide(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
         choice, asked = statistics.token, statistics.candidates
         drafted = view.offsets < asked.sum(dim=1, keepdim=True) - 1
-        right = (_luck(view) < self.probability) & drafted
-        accepted = right.int().cumprod(dim=1).sum(dim=1, keepdim=True)
+        right = (self.right + _luck(view)).int()
+        accepted = torch.minimum(right, drafted.sum(dim=1, keepdim=True))
         return Decision((view.offsets <= accepted) & asked, choice, accepted=accepted[:, 0])
 
 
 def _luck(view: RowView) -> Tensor:
-    """[rows, W] float32 in [0, 1): of a row and a position, always the same."""
+    """[rows, 1] float32 in [0, 1): of a row and where it stands, always the same."""
     mask = 0xFFFFFFFF
-    mixed = (view.places.long() * 0x9E3779B1 + view.slots[:, None] * 0x85EBCA6B) & mask
+    mixed = (view.places[:, :1].long() * 0x9E3779B1 + view.slots[:, None] * 0x85EBCA6B) & mask
     for factor in (0x7FEB352D, 0x846CA68B):
         mixed = ((mixed ^ (mixed >> 16)) * factor) & mask
     return ((mixed ^ (mixed >> 16)) & 0xFFFFFF).float() / (1 << 24)
@@ -77,11 +79,14 @@ class Pace:
         strategies, equipment = core.runner.strategies, core.runner.strategies["verify"].equipment
         strategies["static"] = PacedGrid(False, equipment)
         strategies["verify"] = verify = PacedVerify(False, equipment)
-        # A tensor, so that graphs need not be captured again.
-        self._probability = verify.probability = torch.zeros((), device=core.runner.state.device)
+        # Tensors, so that graphs need not be captured again.
+        self._right, self._probability = torch.zeros(2, device=core.runner.state.device).unbind()
+        verify.right, verify.probability = self._right, self._probability
 
-    def accept(self, probability: float) -> None:
-        """From now on each draft of `verify` is right with this probability."""
+    def accept(self, right: float, probability: float) -> None:
+        """From now on so many drafts of a row of `verify` are right in a forward, each with this probability for all
+        that the engine knows."""
+        self._right.fill_(right)
         self._probability.fill_(probability)
 
 

@@ -52,7 +52,8 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class Paced:
-    """A mode at a number of tokens a forward. cycle: see `cycle_of`."""
+    """A mode at a number of tokens a forward. probability: with which the engine takes a draft for right; cycle: see
+    `cycle_of`."""
 
     mode: str
     wanted: float
@@ -90,5 +91,5 @@ def most_tokens(core: EngineCore, asked: Asked) -> float:
 
 def first_of(pace: Pace, paced: Paced) -> DecodingParams:
     """Set the engine to a pace; what its requests ask for."""
-    pace.accept(paced.probability)
+    pace.accept(paced.wanted - 1, paced.probability)
     return paced.decoding

@@ -97,16 +97,16 @@ def test_a_pace_between_whole_numbers_of_forwards_is_as_near_as_it_can_be() -> N
     assert found.tokens_per_forward == pytest.approx(16 / 5)
 
 
-def test_drafts_are_right_as_often_as_they_are_said_to_be(tmp_path: Path) -> None:
+def test_as_many_drafts_are_right_as_are_wanted(tmp_path: Path) -> None:
     core = engine("causal", model=str(converted_folder(tmp_path / "model")), plain=True, max_model_len=2048)
     pace = Pace(core)
     asked = {"strategy": "verify", "draft_length": 4, "row_cost": 0.0}
     with claimed_contexts(core):
-        for tokens in (1.0, 3.0, 5.0):
+        for tokens in (1.0, 3.0, 3.5, 5.0):
             at = paced(core, "verify", asked, tokens)
             found = measure_steady(core, first_of(pace, at), 6, 64, seconds=9.0, most=60)
             assert found.steps == 60
-            assert found.tokens_per_forward == pytest.approx(tokens, rel=0.1)
+            assert found.tokens_per_forward == pytest.approx(tokens, rel=0.001 if tokens.is_integer() else 0.1)
             assert found.tokens_per_second > 0
 
 
