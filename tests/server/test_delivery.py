@@ -53,6 +53,7 @@ def test_a_client_that_leaves_in_the_middle(server, ids, stream):
         while b"content" not in connection.recv(65536):
             pass
     else:
+        assert server.engine.wait_for(lambda engine: bool(engine.adds))
         time.sleep(0.1)
     connection.close()
     assert aborted(server)
@@ -71,15 +72,17 @@ def test_a_client_that_resets_the_connection(server):
 
 def test_a_client_that_leaves_while_its_prompt_is_encoded(server, tokenizer, monkeypatch):
     slow = tokenizer.template.render
+    begun = threading.Event()
 
     def render(*arguments):
+        begun.set()
         time.sleep(0.3)
         return slow(*arguments)
 
     monkeypatch.setattr(tokenizer.template, "render", render)
     monkeypatch.setattr("linocut.server.prompts._INLINE_CHARACTERS", 0)
     connection = send(server)
-    time.sleep(0.1)
+    assert begun.wait(5)
     connection.close()
     assert aborted(server)
     assert [abort.request_id for abort in server.engine.aborts] == [add.request_id for add in server.engine.adds]
@@ -93,7 +96,7 @@ def test_a_half_sent_request(server):
         time.sleep(0.05)
     time.sleep(0.1)
     assert not server.engine.adds
-    assert server.service.active == 0
+    assert server.engine.wait_for(lambda engine: server.service.active == 0, 2)
 
 
 def test_only_the_ended_choice_is_aborted_at_a_stop_string(server, ids):

@@ -124,7 +124,11 @@ def test_a_request_is_logged_once_and_without_its_text(server, answering, caplog
         headers = {"X-Request-Id": "my-id"}
         body = {"messages": [{"role": "user", "content": "private words"}]}
         assert server.http.post("/v1/chat/completions", json=body, headers=headers).headers["x-request-id"] == "my-id"
-        time.sleep(0.1)  # the line is written after the answer
+        deadline = time.monotonic() + 5  # the line is written after the answer
+        while "my-id" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)  # for another one
     lines = [record.getMessage() for record in caplog.records if "my-id" in record.getMessage()]
     assert len(lines) == 1
     assert "status=200" in lines[0]
