@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -51,25 +50,20 @@ class Server:
 
 
 def start(arguments: list[str], log: Path) -> Server:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [shutil.which("linocut", path=str(Path(sys.executable).parent)) or "linocut", "serve", *arguments]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=sink, stderr=subprocess.STDOUT, env=environment, cwd=log.parent
+            [*command, "--port", "0"], stdout=sink, stderr=subprocess.STDOUT, env=environment, cwd=log.parent
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if process.poll() is not None:
             pytest.fail(f"the server exited with {process.returncode}:\n{log.read_text()[-3000:]}")
-        try:
-            if httpx.get(f"{server.url}/ready", timeout=2).status_code == 200:
-                return server
-        except httpx.TransportError:
-            pass
+        if announced := re.search(r"^  (http://\S+)/v1$", log.read_text(errors="replace"), re.MULTILINE):
+            server = Server(announced[1], process, log)
+            assert httpx.get(f"{server.url}/ready", timeout=30).status_code == 200
+            return server
         time.sleep(0.2)
     process.kill()
     pytest.fail(f"the server did not become ready:\n{log.read_text()[-3000:]}")
