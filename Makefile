@@ -20,6 +20,9 @@ INSTALL = $(PIP) install --no-input --constraint constraints.txt
 # OpenMP threads that spin while they wait make tests several times slower on a machine with other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Processes that share the tests, each of one thread. 0: none but pytest's own, as a debugger needs it.
+WORKERS = 2
+
 .PHONY: help serve test lint format wheel clean distclean
 
 help:
@@ -33,8 +36,10 @@ help:
 serve: $(VENV)/.serve
 	@exec $(BIN)/linocut serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
+# A file stays in one process, with what its tests share; files start in the order of their names.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # mypy does not see through the mapping from folders to packages: show it the layout that a wheel has.
 lint: $(VENV)/.test
