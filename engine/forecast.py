@@ -11,6 +11,7 @@ import math
 
 import msgspec
 
+from .cache.holdings import slot_of
 from .plan import RowPlan
 from .prices import drafts_pay, worthwhile_masks
 from .sequence import Sequence
@@ -41,6 +42,29 @@ class Coming(msgspec.Struct, gc=False):
     @property
     def scratch(self) -> int:
         return self.segments * self.segment
+
+    def fitting(self, sequence: Sequence, budget: int, alone: bool) -> int:
+        """Positions of the whole step if the budget has room for it, else as many whole blocks of clean tokens as fit.
+
+        alone: in a forward, where a sequence moves on however small the budget is by now.
+        """
+        if self.width + self.scratch <= budget:
+            return self.width
+        # A frontier needs no grid.
+        unit = 1 if sequence.geometry.feed else sequence.geometry.block
+        width = max(min(self.clean, budget), 0) // unit * unit
+        if width or not alone:
+            return width
+        return unit if unit <= self.clean else self.width
+
+    def row(self, sequence: Sequence, width: int) -> RowPlan:
+        """What a forward runs of a sequence that has a slot, if that is so many positions."""
+        targets = segments = 0
+        end = self.run_start + width
+        if width == self.width:
+            targets, segments = self.targets, self.segments
+            end = self.reach + self.scratch
+        return RowPlan(slot_of(sequence), sequence.strategy, width, targets, end, segments, self.segment)
 
 
 def known(sequence: Sequence) -> Coming:

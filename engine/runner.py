@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 
@@ -18,16 +18,17 @@ from .drafting import Drafter
 from .family import FamilyTraits
 from .flags import SamplingFlags, flags_of, is_smoothed
 from .flight import Flight
+from .forward import Forward, read_vocabulary
 from .fusion import Fusion
 from .graphs import StepGraphs, most_positions
 from .groups import no_statistics, span_of, stand, statistics_of
-from .layout import Group, StepInputs, StepLayout, StepShape, lay_out
-from .logit_rows import LogitRows, ToLogits, window_index
+from .layout import Group, StepLayout, StepShape, lay_out
+from .logit_rows import window_index
 from .models.decoder import Decoder, KVCache
 from .plan import Admission, StepPlan
 from .prices import marginal_cost
 from .sampling import CHUNK, Sampler, to_segments, to_window
-from .segments import certain_sources, draft_rows, segment_rows
+from .segments import draft_rows, segment_rows
 from .smoothing import Mixer, make_room
 from .stages import prepare, report, settle
 from .state import RowState, admit_rows, grant_pages
@@ -36,21 +37,6 @@ from .transfer import to_device
 # Up to so many rows a GPU takes about as long for a product with the vocabulary as for reading it, which is saved once.
 # (An H200 with 152k ids of 3,584 numbers: 0.24 ms; with smaller models logits weigh more, and all of it less.)
 _FREE_ROWS = 128
-
-
-@dataclass
-class Forward:
-    """What a step's forward leaves for its groups. hidden: [tokens, hidden]. logits: the rows asked before anything is
-    decided; of_targets gives their logits, to_logits those of any rows, and ahead those of the rows that draft, where
-    they are known by then."""
-
-    shape: StepShape
-    inputs: StepInputs
-    hidden: Tensor
-    logits: LogitRows | None
-    to_logits: ToLogits
-    of_targets: ToLogits
-    ahead: ToLogits | None = None
 
 
 class ModelRunner:
@@ -146,7 +132,9 @@ class ModelRunner:
             batch.ids, batch.positions, batch.slots, self.cache, batch.layout, batch.noisy, batch.added
         )
         width = span.targets.shape[1]
-        forward = self._forward(shape, inputs, hidden, batch.logits)
+        certain = self._drafts_are_certain(shape)
+        joint, lead = shape.tokens <= self.joint_rows, self._lead if certain else None
+        forward = read_vocabulary(self.decoder, shape, inputs, hidden, batch.logits, joint=joint, lead=lead)
         if batch.logits is not None:
             seeding = None if traits.commits_blocks else span.seeding
             mixer = Mixer(state, self.decoder.mix, self.decoder.share) if shape.flags.smoothed else None
@@ -159,30 +147,6 @@ class ModelRunner:
             for group, view in zip(shape.groups, ready.views, strict=True)
         ]
         return torch.cat([table.flatten() for table in packed]) if len(packed) > 1 else packed[0].flatten()
-
-    def _forward(self, shape: StepShape, inputs: StepInputs, hidden: Tensor, targets: LogitRows | None) -> Forward:
-        """Where it can, it reads the vocabulary once for what is asked before a decision and behind it."""
-
-        def fresh(rows: LogitRows) -> Tensor:
-            return self.decoder.logits(hidden[rows.source])
-
-        if targets is None or not shape.scratch:
-            return Forward(shape, inputs, hidden, targets, fresh, fresh)
-        if shape.tokens <= self.joint_rows:
-            # Which segment drafts is not known yet, nor does the shape say how many there are.
-            of_all = self.decoder.logits(hidden)
-
-            def known(rows: LogitRows) -> Tensor:
-                return of_all[rows.source]
-
-            return Forward(shape, inputs, hidden, targets, known, known, known)
-        if self._drafts_are_certain(shape):
-            sources = torch.cat([targets.source, certain_sources(shape.groups[0], inputs, self._lead)])
-            both = self.decoder.logits(hidden[sources])
-            # So few rows that all targets, or all drafts, are asked for at once.
-            certain = (lambda rows: both[: shape.logits]), (lambda rows: both[shape.logits :])
-            return Forward(shape, inputs, hidden, targets, fresh, *certain)
-        return Forward(shape, inputs, hidden, targets, fresh, fresh)
 
     def _lay_out(self, plan: StepPlan) -> StepLayout:
         slots = [row.slot for row in plan.rows]

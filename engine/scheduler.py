@@ -20,7 +20,7 @@ from .cache.pages import OutOfPages, PagePool
 from .cache.prefix import PrefixCache
 from .counters import SchedulerCounters
 from .forecast import Coming, first_draft_pays, forecast, known, shorten, what_ran
-from .plan import Admission, PageGrant, RowPlan, RowReport, StepPlan
+from .plan import PageGrant, RowPlan, RowReport, StepPlan
 from .prices import marginal_cost, waiting_ms
 from .sequence import Sequence, Status
 
@@ -143,7 +143,7 @@ class Scheduler:
             width = self._width(sequence, coming, budget, alone=not rows)
             if not width:
                 continue
-            row = self._row(sequence, coming, width)
+            row = coming.row(sequence, width)
             positions = row.positions
             try:
                 # Ahead: wherever these positions will stand.
@@ -156,7 +156,7 @@ class Scheduler:
                 grant, width = self._make_room(sequence, coming, width, rows, grants)
                 if not width:
                     continue
-                row = self._row(sequence, coming, width)
+                row = coming.row(sequence, width)
                 positions = row.positions
             if grant:
                 grants[sequence] = grant
@@ -173,13 +173,13 @@ class Scheduler:
                 continue
             if not self._admit(sequence):
                 break
-            admissions.append(self._admission(sequence))
+            admissions.append(sequence.admission())
             grants[sequence] = PageGrant(slot_of(sequence), 0, list(sequence.pages))
             # Without budget left it comes first in the next step.
             coming = known(sequence)
             width = self._width(sequence, coming, budget, alone=not rows)
             if width:
-                rows[sequence] = row = self._row(sequence, coming, width)
+                rows[sequence] = row = coming.row(sequence, width)
                 budget -= row.positions
 
         self._step += 1
@@ -238,28 +238,9 @@ class Scheduler:
     # ---------------------------------------------------------------- one row
 
     def _width(self, sequence: Sequence, coming: Coming, budget: int, alone: bool) -> int:
-        """The whole next step if the budget has room for it, else as many whole blocks of clean tokens as fit.
-
-        alone: in a forward, where a sequence moves on however small the budget is by now.
-        """
         if self.shortens and sequence.geometry.segment:
             shorten(coming, sequence, marginal_cost(len(self.running), self.row_share))
-        if coming.width + coming.segments * coming.segment <= budget:
-            return coming.width
-        # A frontier needs no grid.
-        unit = 1 if sequence.geometry.feed else sequence.geometry.block
-        width = max(min(coming.clean, budget), 0) // unit * unit
-        if width or not alone:
-            return width
-        return unit if unit <= coming.clean else coming.width
-
-    def _row(self, sequence: Sequence, coming: Coming, width: int) -> RowPlan:
-        targets = segments = 0
-        end = coming.run_start + width
-        if width == coming.width:
-            targets, segments = coming.targets, coming.segments
-            end = coming.reach + segments * coming.segment
-        return RowPlan(slot_of(sequence), sequence.strategy, width, targets, end, segments, coming.segment)
+        return coming.fitting(sequence, budget, alone)
 
     def _make_room(
         self,
@@ -340,25 +321,6 @@ class Scheduler:
             # A device that meets a row does not know of the load yet, and drafts: without room it does not.
             sequence.segments = 0
         return True
-
-    def _admission(self, sequence: Sequence) -> Admission:
-        return Admission(
-            slot=slot_of(sequence),
-            tokens=sequence.tokens,
-            prompt_len=sequence.prompt_len,
-            limit=sequence.limit,
-            suffix=sequence.request.suffix,
-            geometry=sequence.geometry,
-            key=sequence.order,
-            final_len=sequence.final_len,
-            start=sequence.start,
-            step=sequence.step,
-            window=list(sequence.window),
-            decided=sequence.decided,
-            choice=sequence.choice,
-            sampling=sequence.request.sampling,
-            decoding=sequence.request.decoding,
-        )
 
     def _preempt(self, sequence: Sequence) -> None:
         self.counters.preemptions += 1

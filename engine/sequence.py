@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from .cache.prefix import Unit
 from .geometry import Geometry
 from .messages import AddRequest, FinishReason
-from .plan import RowReport
+from .plan import Admission, RowReport
 
 
 class Status(enum.Enum):
@@ -107,6 +107,27 @@ class Sequence:
     @property
     def run_end(self) -> int:
         return self.run_start + self.width
+
+    def admission(self) -> Admission:
+        """What the device is told of it, once it has a slot."""
+        assert self.slot is not None
+        return Admission(
+            slot=self.slot,
+            tokens=self.tokens,
+            prompt_len=self.prompt_len,
+            limit=self.limit,
+            suffix=self.request.suffix,
+            geometry=self.geometry,
+            key=self.order,
+            final_len=self.final_len,
+            start=self.start,
+            step=self.step,
+            window=list(self.window),
+            decided=self.decided,
+            choice=self.choice,
+            sampling=self.request.sampling,
+            decoding=self.request.decoding,
+        )
 
     def advance(self, report: RowReport) -> None:
         """Go on to what the device reports of the row: its active block, and the span of its next step."""
