@@ -9,6 +9,9 @@ import msgspec
 from .errors import ConfigError
 from .params import ParameterValue
 
+# Positions of a forward on a GPU, unless the operator says so.
+GPU_TOKEN_BUDGET = 8192
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Operator's choices; None means "choose from the model and the machine" (see `resolve` in core.py).

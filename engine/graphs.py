@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import GPU_TOKEN_BUDGET
 from .layout import StepLayout, StepShape, array_size, largest_size
 
-# Steps of more positions are not captured. Where positions times parameters pass the third number, the device is slower
-# than the host that launches kernel after kernel (some 550 of 30 layers; an H200's host took 19 ms, by the times of its
-# first tokens). The second is a GPU's token budget: prefills that fill it have that size, whatever the prompts are.
-_LEAST, _MOST, _OPERATIONS = 1024, 8192, 4 * 10**12
+# Steps of more positions are not captured, nor more than a GPU's usual token budget, which is the size of prefills that
+# fill it. Where positions times parameters pass the second number, the device is slower than the host that launches
+# kernel after kernel: some 550 of 30 layers, which took an H200's host 19 ms and its card 6 for 8,192 positions of 135M
+# parameters. With prompts of all lengths beside each other a third more shapes are captured than up to 2,048 positions.
+_LEAST, _OPERATIONS = 1024, 4 * 10**12
 # Graphs kept; the least recently used one goes first.
 MAX_GRAPHS = 256
 
@@ -34,7 +36,7 @@ class _Captured:
 
 def most_positions(parameters: int) -> int:
     """Of a step that is captured, and a size that steps are rounded up to; parameters: of the model."""
-    return largest_size(min(max(_OPERATIONS // parameters, _LEAST), _MOST))
+    return largest_size(min(max(_OPERATIONS // parameters, _LEAST), GPU_TOKEN_BUDGET))
 
 
 class StepGraphs:

@@ -15,7 +15,7 @@ import torch
 from .attention_choice import choose_attention, compile_variants
 from .cache.pages import PagePool
 from .cache.prefix import PrefixCache
-from .config import EngineConfig
+from .config import GPU_TOKEN_BUDGET, EngineConfig
 from .decoding.filter import FILE as FILTER_FILE
 from .decoding.filter import read_filter
 from .decoding.parameters import resolve
@@ -137,7 +137,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         raise ConfigError(f"max_model_len {config.max_model_len} needs more K/V pages than the {pages} that fit")
 
     max_running = config.max_running or (32 if device.type == "cpu" else 256)
-    token_budget = config.token_budget or (512 if device.type == "cpu" else 8192)
+    token_budget = config.token_budget or (512 if device.type == "cpu" else GPU_TOKEN_BUDGET)
     if traits.context == "full" and config.token_budget is None:
         token_budget = max(token_budget, max_model_len)
     widest = max_model_len if traits.context == "full" else max(2 * traits.block_size, FIRST_DRAFT)
@@ -161,7 +161,14 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
     )
     if runner.graphs is not None:
         drafts = any(runner.strategies[one.strategy].segment(one.values, traits) for one in expected)
-        compile_variants(decoder, cache, rows=max_running, tokens=token_budget, visible=max_model_len, drafts=drafts)
+        compile_variants(
+            decoder,
+            cache,
+            rows=max_running,
+            tokens=token_budget,
+            visible=max_model_len + traits.overhang,
+            drafts=drafts,
+        )
     pool = PagePool(pages)
     fingerprint = f"{traits.context}/{traits.block_size}/start"
     # Token-causal K/V does not depend on blocks, and that of a canvas on all of it.

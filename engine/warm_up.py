@@ -20,7 +20,8 @@ from .step_clock import StepClock
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 PROMPT = (12, 40)
 TOKENS = 40
-# Prompts that come at once and fill this many forwards: the first of a shape is run, the second one captured.
+# Prompts, at least so long, that come at once and fill this many forwards: the first of a shape is run, the second one
+# captured.
 LONG_PROMPT, FULL_FORWARDS = 512, 3
 
 log = logging.getLogger("linocut.engine")
@@ -39,6 +40,8 @@ def make_ready(core: EngineCore, strategies: tuple[str, ...] = ()) -> None:
 
 def warm_up(core: EngineCore, decoding: DecodingParams | None = None, clients: tuple[int, ...] = CLIENTS) -> None:
     """Answer made-up prompts, more and more of them at once, and forget them: counters, and the pages' contents too.
+
+    A full forward that does not fit into memory is met here: what forwards may hold from then on stays.
 
     decoding: how; None: the engine's default. The engine must be idle.
     """
@@ -88,6 +91,6 @@ def _answer(core: EngineCore, decoding: DecodingParams | None, clients: tuple[in
             # Twice: a shape is captured when it comes again.
             for turn in range(2 * (count <= info.max_running)):
                 ask([draw.randint(*PROMPT) for _ in range(count)], f"{temperature}-{count}-{turn}")
-        length = min(LONG_PROMPT, info.max_model_len - tokens)
+        length = min(max(LONG_PROMPT, -(-info.token_budget // info.max_running)), info.max_model_len - tokens)
         full = min(FULL_FORWARDS * info.token_budget // length, info.capacity)
         ask([length] * full, f"{temperature}-full", msgspec.structs.replace(sampling, max_tokens=1))

@@ -56,13 +56,19 @@ class AttentionLayout:
 
 
 def plan_attention(
-    layout: AttentionLayout, tokens: int, heads: int, k_cache: Tensor, *, backend: Backend = "torch"
+    layout: AttentionLayout,
+    tokens: int,
+    heads: int,
+    k_cache: Tensor,
+    *,
+    backend: Backend = "torch",
+    flash: FlashAttention | None = None,
 ) -> None:
     """Derive what `staircase_attention` with so many queries and heads will ask of the layout.
 
     Where another kernel of torch's is launched behind it and before the attention's, that need not wait for it.
     """
-    if backend == "triton" and tokens > 0:
+    if backend == "triton" and tokens > 0 and not (flash is not None and flash.takes(layout, tokens, k_cache)):
         from .attention_triton import plan
 
         plan(layout, tokens, heads, k_cache)
@@ -90,7 +96,7 @@ def staircase_attention(
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {kv_heads} key heads")
     if layout.page_size is not None and layout.page_size != page_size:
         raise ValueError(f"the layout says pages of {layout.page_size} slots, the cache has {page_size}")
-    if flash is not None and flash.takes(q, layout):
+    if flash is not None and flash.takes(layout, q.shape[0], k_cache):
         return flash(q, k_cache, v_cache, layout, scale)
     if backend == "triton":
         from .attention_triton import triton_attention

@@ -70,7 +70,7 @@ def choose_config(
     if not half:
         block_n = 64 if row_bytes <= 256 else 32
     elif block_m >= 128:
-        block_n, num_warps, num_stages = 128, 8, 4
+        block_n, num_warps, num_stages = 128, 8, 4 if row_bytes <= 256 else 2
     elif _is_short_prefill(max_query, max_visible) and count >= 4 * processors:
         block_n = 32
     else:

@@ -50,11 +50,11 @@ class FlashAttention:
         self._operator: Callable[..., Any] = operator
         self._names = [argument.name for argument in operator._schema.arguments]
 
-    def takes(self, q: Tensor, layout: AttentionLayout) -> bool:
-        """Whether a forward goes here rather than to the Triton kernel."""
-        if layout.pattern == "any" or q.shape[0] == 0 or q.dtype not in (torch.bfloat16, torch.float16):
+    def takes(self, layout: AttentionLayout, tokens: int, k_cache: Tensor) -> bool:
+        """Whether a forward of so many queries goes here rather than to the Triton kernel."""
+        if layout.pattern == "any" or tokens == 0 or k_cache.dtype not in (torch.bfloat16, torch.float16):
             return False
-        return self.everything or is_faster(layout, q.shape[2])
+        return self.everything or is_faster(layout, k_cache.shape[3])
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
         """`attention.staircase_attention`, for layouts whose pattern is known."""

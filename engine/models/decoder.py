@@ -189,9 +189,8 @@ class Decoder:
         b = self.part
         gate = Gate(noisy, self.dtype) if noisy is not None and isinstance(self.layers[0].qkv, Adapter) else None
         sizes = [b.heads, b.kv_heads, b.kv_heads]
-        if self.flash is None:
-            # Before the embedding, so that all that describes the rows is older than a kernel of torch's.
-            plan_attention(layout, ids.shape[0], b.heads, cache.keys[0], backend=self.backend)
+        # Before the embedding, so that all that describes the rows is older than a kernel of torch's.
+        plan_attention(layout, ids.shape[0], b.heads, cache.keys[0], backend=self.backend, flash=self.flash)
         residual = self.share.embed(ids, self.embedding)
         if noisy is not None and self.mask_embedding is not None:
             # A mask id in a prompt is a final token like any other.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from linocut.engine.bench.chat import read_chat
-from linocut.engine.bench.closed_loop import run_clients
+from linocut.engine.bench.closed_loop import ClosedLoop, run_clients
 from linocut.engine.bench.prefill import measure_prefill
 from linocut.engine.bench.run import machine
 from linocut.engine.config import EngineConfig
@@ -23,10 +23,10 @@ from linocut.engine.loading import load_model
 from linocut.engine.models.source import resolve_model
 from linocut.engine.params import DecodingParams
 
-from ..serving import served
+from ..serving import Served, served
 from .settings import Settings
 from .sheet import Row, Sheet
-from .streams import run_streams
+from .streams import Streamed, run_streams
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "verify": {"strategy": "verify"},
@@ -35,8 +35,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 # Prompt and answer; MT-bench's longest question takes a third of it.
 MAX_MODEL_LEN = 1024
-# At most, until a rehearsal meets no shape of steps that is captured only then: each takes as long as some fifty steps.
+# At most, until one captures no step any more: that takes as long as some fifty of them.
 _REHEARSALS = 4
+Found = TypeVar("Found")
 # What the vLLM peer is given, so that both answer the same prompts.
 PROMPTS = "prompts.ids"
 
@@ -82,16 +83,15 @@ def _prefill(core: EngineCore, decoding: DecodingParams, settings: Settings, cou
 def _answers(
     core: EngineCore, decoding: DecodingParams, settings: Settings, prompts: list[list[int]], clients: int
 ) -> Row:
-    requests = settings.asked(clients)
-    for turn in range(_REHEARSALS):
-        captured = core.stats().graph_captures
-        with core.runner.learning(turn == 0):  # of all shapes that the timed ones meet
-            run_clients(core, decoding, prompts, clients, requests, settings.tokens)
-        if turn > 0 and core.stats().graph_captures == captured:
-            break
-    found = run_clients(core, decoding, prompts, clients, requests, settings.tokens)
+    def run() -> ClosedLoop:
+        return run_clients(core, decoding, prompts, clients, settings.asked(clients), settings.tokens)
+
+    with core.runner.learning():  # of all shapes that the timed ones meet
+        run()
+    found, captures = _rehearsed(run, lambda: core.stats().graph_captures)
     per_forward = found.tokens / max(found.forwards, 1)
-    return {**asdict(found), "tokens_per_second": found.tokens_per_second, "tokens_per_forward": per_forward}
+    speeds = {"tokens_per_second": found.tokens_per_second, "tokens_per_forward": per_forward}
+    return {**asdict(found), **speeds, "captures": captures}
 
 
 def run_http(settings: Settings, path: Path, deadline: float) -> None:
@@ -112,13 +112,28 @@ def run_http(settings: Settings, path: Path, deadline: float) -> None:
             body = {"model": "it", "temperature": 0, "max_tokens": settings.tokens, "diffusion": asked}
             bodies = [{**body, "messages": messages} for messages in chat.messages]
             for count in settings.clients:
-                measure = partial(_streams, server.url, bodies, settings, count)
+                measure = partial(_streams, server, bodies, settings, count)
                 sheet.attempt(measure, point="http", mode=name, asked=count)
     sheet.note(finished=True)
 
 
-def _streams(url: str, bodies: list[Row], settings: Settings, clients: int) -> Row:
-    requests = settings.asked(clients)
-    # Before the timed ones, so that what a load's shapes need is compiled and captured.
-    run_streams(url, bodies, clients, requests)
-    return run_streams(url, bodies, clients, requests).as_dict()
+def _streams(server: Served, bodies: list[Row], settings: Settings, clients: int) -> Row:
+    def run() -> Streamed:
+        return run_streams(server.url, bodies, clients, settings.asked(clients))
+
+    found, captures = _rehearsed(run, lambda: int(server.metrics()["linocut_graph_captures_total"]))
+    return {**found.as_dict(), "captures": captures}
+
+
+def _rehearsed(run: Callable[[], Found], captured: Callable[[], int]) -> tuple[Found, int]:
+    """What `run` finds once it has met all its shapes of steps, or most of them; and how many it captured then.
+
+    captured: how many graphs have been, so far.
+    """
+    for _ in range(_REHEARSALS):
+        before = captured()
+        run()
+        if captured() == before:
+            break
+    before = captured()
+    return run(), captured() - before

@@ -89,7 +89,7 @@ def case(pattern, dtype=torch.float16):
 def test_rows_attend_as_the_staircase_says(build, pattern):
     q, k, v, layout = case(pattern)
     flash = FlashAttention(operator(build), everything=True)
-    assert flash.takes(q, layout)
+    assert flash.takes(layout, q.shape[0], k)
     found = staircase_attention(q, k, v, layout, 0.25, flash=flash)
     expected = staircase_attention_oracle(q, k, v, layout, 0.25)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=2e-3)
@@ -100,8 +100,8 @@ def test_forwards_of_another_shape_stay_with_the_other_kernel():
     flash = FlashAttention(operator("authors_build"), everything=True)
     q, k, v, layout = case("block")
     unknown = layout_of("any", layout.visible.tolist(), [6, 7, 3], layout.page_table)
-    assert not flash.takes(q, unknown)
-    assert not flash.takes(q.float(), layout), "half precision alone"
+    assert not flash.takes(unknown, q.shape[0], k)
+    assert not flash.takes(layout, q.shape[0], k.float()), "half precision alone"
     found = staircase_attention(q, k, v, unknown, 0.25, flash=flash)
     torch.testing.assert_close(found, staircase_attention(q, k, v, unknown, 0.25))
 

@@ -290,4 +290,4 @@ def test_a_long_prompt_does_not_block_the_loop(server, answering):
         took = time.monotonic() - started
     assert answers[0].json()["error"]["code"] == "context_length_exceeded"
     assert len(waits) > 5
-    assert max(waits) < 0.5 * took
+    assert max(waits) < max(0.5, 0.5 * took)
