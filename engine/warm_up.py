@@ -17,7 +17,7 @@ from .params import DecodingParams, SamplingParams
 from .step_clock import StepClock
 
 # Concurrent requests, up to what the engine may run; a prompt and a text are a few blocks long.
-CLIENTS = (1, 2, 4, 8, 16, 32, 64)
+CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROMPT = (12, 40)
 TOKENS = 40
 # Prompts, at least so long, that come at once and fill this many forwards: the first of a shape is run, the second one
