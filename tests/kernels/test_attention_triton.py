@@ -132,6 +132,17 @@ def test_a_layout_may_be_planned_before():
     torch.testing.assert_close(found, staircase_attention(q, k_cache, v_cache, layout, 0.25), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("takes", [False, True])
+def test_nothing_is_planned_for_a_forward_that_flash_attention_takes(takes):
+    class Flash:
+        def takes(self, layout, tokens, k_cache):
+            return takes
+
+    q, k_cache, _, layout = ragged_case(4)
+    plan_attention(layout, q.shape[0], q.shape[1], k_cache, backend="triton", flash=Flash())
+    assert bool(layout.plans) is not takes
+
+
 def test_odd_head_dimensions_are_refused():
     q, k_cache, v_cache, layout = ragged_case(26, head_dim=24)
     with pytest.raises(ValueError, match="powers of two"):
