@@ -186,7 +186,7 @@ def test_the_engines_death(tokenizer, ids, fatal):
         began = time.monotonic()
         for thread in threads:
             thread.join()
-        assert time.monotonic() - began < 5, "the answers would have taken ten"
+        assert time.monotonic() - began < 1
         assert server.http.get("/health").status_code == 503
         assert server.http.get("/ready").status_code == 503
         assert server.http.post(URL, json={"messages": USER}).status_code == 503
@@ -280,14 +280,12 @@ def test_a_long_prompt_does_not_block_the_loop(server, answering):
     waits = []
     with httpx.Client(base_url=server.url) as probe:
         slow = threading.Thread(target=lambda: answers.append(server.http.post(URL, json=body, timeout=30)))
-        started = time.monotonic()
         slow.start()
         while slow.is_alive():
             began = time.monotonic()
             probe.get("/health")
             waits.append(time.monotonic() - began)
             time.sleep(0.01)
-        took = time.monotonic() - started
     assert answers[0].json()["error"]["code"] == "context_length_exceeded"
     assert len(waits) > 5
-    assert max(waits) < max(0.5, 0.5 * took)
+    assert max(waits) < 0.5

@@ -116,9 +116,9 @@ def test_a_killed_engine_ends_the_server(start):
     url = program.url
     assert httpx.get(f"{url}/health").status_code == 200
     os.kill(program.engine_pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    began = time.monotonic()
     while httpx.get(f"{url}/health").status_code == 200:
-        assert time.monotonic() < deadline
+        assert time.monotonic() - began < 1
     assert program.exit_code() == 1
     assert "Traceback" not in program.log.read_text()
 
