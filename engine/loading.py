@@ -160,6 +160,7 @@ def load_model(config: EngineConfig, ranks: Ranks = ALONE) -> LoadedModel:
         equipment=Equipment(read_filter(folder, device)),
     )
     if runner.graphs is not None:
+        # Here, where each rank is; one alone warms up.
         drafts = any(runner.strategies[one.strategy].segment(one.values, traits) for one in expected)
         compile_variants(
             decoder,

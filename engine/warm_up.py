@@ -70,27 +70,23 @@ def _answer(core: EngineCore, decoding: DecodingParams | None, clients: tuple[in
     tokens = min(TOKENS, info.max_model_len - PROMPT[1])
     if tokens < 1:
         return
+    length = min(max(LONG_PROMPT, -(-info.token_budget // info.max_running)), info.max_model_len - tokens)
+    full = min(FULL_FORWARDS * info.token_budget // length, info.capacity)
+
+    def ask(lengths: list[int], name: str, sampling: SamplingParams) -> None:
+        for index, length in enumerate(lengths):
+            prompt, key = draw.choices(ids, k=length), f"warm-up-{name}-{index}"
+            core.add(AddRequest(request_id=key, prompt=prompt, sampling=sampling, decoding=decoding))
+        while core.busy:
+            core.step()
+
     # Greedy, and as a request is sampled that says nothing: the sampler's work is part of a shape.
     usual = {"temperature": 1.0, **info.default_sampling}
     for temperature in dict.fromkeys((0.0, usual["temperature"])):
         fields: dict[str, Any] = {**usual, "max_tokens": tokens, "temperature": temperature}
         sampling = msgspec.convert(fields, SamplingParams)
-
-        def ask(lengths: list[int], name: str, sampling: SamplingParams = sampling) -> None:
-            for index, length in enumerate(lengths):
-                prompt = draw.choices(ids, k=length)
-                core.add(
-                    AddRequest(
-                        request_id=f"warm-up-{name}-{index}", prompt=prompt, sampling=sampling, decoding=decoding
-                    )
-                )
-            while core.busy:
-                core.step()
-
         for count in clients:
             # Twice: a shape is captured when it comes again.
             for turn in range(2 * (count <= info.max_running)):
-                ask([draw.randint(*PROMPT) for _ in range(count)], f"{temperature}-{count}-{turn}")
-        length = min(max(LONG_PROMPT, -(-info.token_budget // info.max_running)), info.max_model_len - tokens)
-        full = min(FULL_FORWARDS * info.token_budget // length, info.capacity)
+                ask([draw.randint(*PROMPT) for _ in range(count)], f"{temperature}-{count}-{turn}", sampling)
         ask([length] * full, f"{temperature}-full", msgspec.structs.replace(sampling, max_tokens=1))

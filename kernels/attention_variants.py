@@ -65,6 +65,8 @@ def compile_attention(
     layouts that have scratch intervals, too. What this GPU cannot run is left out with a warning: it may never be
     asked for.
     """
+    from triton.errors import TritonError
+
     from .attention_triton import processors_of
     from .overlap_triton import MOST_ROWS
 
@@ -86,7 +88,7 @@ def compile_attention(
         for intervals in (False, True) if scratch else (False,):
             try:
                 _launch(heads, k_cache, v_cache, count, config, intervals)
-            except Exception as error:  # Triton's have no class in common
+            except TritonError as error:
                 log.warning("attention does not run here with %s: %s", config, str(error)[:300])
             else:
                 done += 1

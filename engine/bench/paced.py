@@ -55,9 +55,8 @@ class PacedVerify(Verify):
 
     def decide(self, view: RowView, statistics: WindowStatistics, traits: FamilyTraits) -> Decision:
         choice, asked = statistics.token, statistics.candidates
-        drafted = view.offsets < asked.sum(dim=1, keepdim=True) - 1
-        right = (self.right + _luck(view)).int()
-        accepted = torch.minimum(right, drafted.sum(dim=1, keepdim=True))
+        drafts = (asked.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+        accepted = torch.minimum((self.right + _luck(view)).int(), drafts)
         return Decision((view.offsets <= accepted) & asked, choice, accepted=accepted[:, 0])
 
 

@@ -9,10 +9,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton.errors import TritonError
+
 from linocut.engine.flags import SamplingFlags
 from linocut.engine.layout import lay_out
 from linocut.engine.plan import RowPlan
-from linocut.kernels import attention_triton
+from linocut.kernels import attention_triton, attention_variants
 from linocut.kernels.attention_cuts import choose_config
 from linocut.kernels.attention_variants import compile_attention, variant_of, variants
 
@@ -41,6 +43,22 @@ def test_batches_of_all_kinds_find_theirs(shape, itemsize, most_rows, budget, lo
             met.add(variant_of(choose_config(*sizes, *shape, 132, itemsize), laid.tokens, 1024))
     assert met <= set(known)
     assert len(met) > 0.4 * len(known)
+
+
+def test_what_does_not_fit_a_gpu_is_left_out(monkeypatch, caplog):
+    wanted = variants(8, 4096, 3000, 4, 7, 128, 132, 2, 1024)
+    large = sum(config.block_m == 128 for config in wanted.values())
+
+    def launch(heads, k_cache, v_cache, tokens, config, scratch):
+        if config.block_m == 128:
+            raise TritonError("out of shared memory")
+
+    monkeypatch.setattr(attention_variants, "_launch", launch)
+    k_cache, v_cache = torch.zeros(2, 1, 16, 4, 128, dtype=torch.bfloat16)
+    count = compile_attention(28, k_cache, v_cache, rows=8, tokens=4096, visible=3000, scratch=False)
+    assert 0 < large < len(wanted)
+    assert count == len(wanted) - large
+    assert caplog.text.count("out of shared memory") == large
 
 
 @pytest.mark.parametrize("scratch", [False, True])

@@ -30,6 +30,11 @@ def test_an_unknown_prompt_goes_to_the_least_loaded_engine():
     assert router().route(request(1), {0: 3, 1: 2, 2: 5}) == 1
 
 
+def test_for_one_engine_no_prompt_is_hashed(monkeypatch):
+    monkeypatch.delattr("linocut.server.routing.blake2b")
+    assert router((SPACE,)).route(request(1, 2), {0: 9}) == 0
+
+
 def test_engines_as_loaded_as_each_other_take_turns():
     routes = router()
     assert [routes.route(request(number), IDLE) for number in range(6)] == [0, 1, 2, 0, 1, 2]
