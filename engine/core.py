@@ -41,7 +41,8 @@ class EngineCore:
         # else to do while it computes.
         self.overlapping = model.runner.state.device.type == "cuda"
         self._flights: deque[Flight] = deque()  # two at most
-        self._landed: Flight | None = None
+        self._landed: list[tuple[Flight, float]] = []  # with the seconds of the clock then; not tallied yet
+        self._tallied: Flight | None = None
         self._moved: list[tuple[Sequence, list[int]]] = []
         self._shed: list[Sequence] = []  # ended because a forward of it alone does not fit the memory
 
@@ -102,6 +103,7 @@ class EngineCore:
         self._land()
         if self.overlapping and not self._flights and self.scheduler.busy:
             self._launch(self.scheduler.schedule())
+        self._tally()
         shed = {id(sequence) for sequence in self._shed}
         outputs = [output_of(s, tokens, None if id(s) in shed else s.finish) for s, tokens in self._moved]
         outputs += [output_of(sequence, [], "error", "out of memory") for sequence in self._shed]
@@ -115,8 +117,7 @@ class EngineCore:
             return
         flight = self._flights.popleft()
         reports = flight.land()
-        self.clock.land(flight.times(self._landed))
-        self._landed = flight
+        self._landed.append((flight, time.perf_counter()))
         if self._pressure.succeed():
             self._bound_forwards()
         now = time.monotonic()
@@ -128,6 +129,14 @@ class EngineCore:
                 self.forget(sequence)
         if self._check:
             self.scheduler.check()
+
+    def _tally(self) -> None:
+        """Into the metrics with what has landed. After the launch of what follows, which may wait for the host."""
+        for flight, landed in self._landed:
+            self.clock.land(landed, flight.times(self._tallied))
+            self._tallied = flight
+        self._landed.clear()
+        self.scheduler.count()
 
     def _note_started(self) -> None:
         now = time.monotonic()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from .histogram import Histogram
 from .plan import REASONS, RowPlan, RowReport
 from .sequence import Sequence
@@ -11,6 +13,19 @@ from .sequence import Sequence
 FORWARD_KINDS = ("prefill", "commit", "denoise", "mixed", "idle")
 COMMIT_REASONS = ("clean", "draft", *REASONS)
 ENDINGS = ("stop", "length", "abort")
+
+
+class Ran(msgspec.Struct, frozen=True, gc=False):
+    """What a forward ran of a row. clean, run_start, start: of its sequence before it, which has moved on since. holds:
+    whether it held a slot by then: was not aborted, nor preempted."""
+
+    sequence: Sequence
+    row: RowPlan
+    report: RowReport
+    clean: int
+    run_start: int
+    start: int
+    holds: bool
 
 
 @dataclass
@@ -43,20 +58,22 @@ class SchedulerCounters:
     forward_positions: Histogram = field(default_factory=lambda: Histogram("forward_positions"))
     forward_rows: Histogram = field(default_factory=lambda: Histogram("forward_rows"))
 
-    def count_forward(self, ran: list[tuple[Sequence, RowPlan, RowReport]]) -> None:
-        """One forward, by the rows that had something to do. The sequences are as they were before."""
+    def count_forward(self, rows: list[Ran]) -> None:
+        """One forward, by the rows that had something to do."""
         prefill = commit = denoise = 0
-        for sequence, row, report in ran:
-            clean = sequence.clean
+        for ran in rows:
+            row, clean = ran.row, ran.clean
             if clean:
                 clean = min(row.width, clean)
-                of_prompt = min(clean, max(sequence.prompt_len - sequence.run_start, 0))
+                of_prompt = min(clean, max(ran.sequence.prompt_len - ran.run_start, 0))
                 prefill += of_prompt
                 commit += clean - of_prompt
             denoise += row.width - clean + row.segments * row.segment
             # The device does not know who was aborted.
-            if row.targets and sequence.slot is not None:
-                self._count_decisions(sequence, row, report)
+            if row.targets and ran.holds:
+                self._count_decisions(ran.sequence, row, ran.report)
+                if ran.sequence.caches_blocks:
+                    self._count_cache(ran)
         counts = prefill, commit, denoise
         self.prefill_positions += prefill
         self.commit_positions += commit
@@ -64,10 +81,9 @@ class SchedulerCounters:
         kinds = [kind for kind, count in zip(FORWARD_KINDS[:3], counts, strict=True) if count] or ["idle"]
         self.forwards[kinds[0] if len(kinds) == 1 else "mixed"] += 1
         self.forward_positions.observe(sum(counts))
-        self.forward_rows.observe(len(ran))
+        self.forward_rows.observe(len(rows))
 
     def _count_decisions(self, sequence: Sequence, row: RowPlan, report: RowReport) -> None:
-        sequence.block_steps += 1
         committed, commits = report.committed, self.commits
         if committed and sequence.geometry.refeeds:
             self.drafted_tokens += row.targets - 1
@@ -80,18 +96,16 @@ class SchedulerCounters:
         if report.edited or report.remasked:
             self.edited_tokens += report.edited
             self.remasked_tokens += report.remasked
-        if sequence.caches_blocks:
-            self._count_cache(sequence, row)
 
-    def _count_cache(self, sequence: Sequence, row: RowPlan) -> None:
+    def _count_cache(self, ran: Ran) -> None:
         """Whether the row left part of its block, or of its canvas, to K/V of an earlier step."""
-        geometry = sequence.geometry
+        geometry, width = ran.sequence.geometry, ran.row.width
         if geometry.canvas:
-            whole = row.width == geometry.canvas
-        elif sequence.run_start + row.width <= sequence.start:
+            whole = width == geometry.canvas
+        elif ran.run_start + width <= ran.start:
             return  # the forward before the block, which tells its first position
         else:
-            whole = sequence.run_start <= sequence.start
+            whole = ran.run_start <= ran.start
         self.refreshed_rows += whole
         self.cached_rows += not whole
 

@@ -48,10 +48,11 @@ class Flight:
             last = first + width * (group.last - group.first)
             table = numbers[first:last].reshape(-1, width)[:rows]  # [rows of the plan, 15 + 2 W]
             heads, window, decided = table[:, :_HEAD], table[:, _HEAD : _HEAD + group.window], table[:, -group.window :]
-            # Not lists: of a window's ids few are ever looked at.
-            ids = array("i", window.tobytes())
-            for at, head, flags in zip(count(0, group.window), heads.tolist(), (decided != 0).tolist()):
-                reports.append(RowReport(ids[at : at + group.window], flags, *head))
+            # Not lists: of a window's ids and flags few are ever looked at.
+            ids, flags = array("i", window.tobytes()), (decided != 0).tobytes()
+            for at, head in zip(count(0, group.window), heads.tolist()):
+                behind = at + group.window
+                reports.append(RowReport(ids[at:behind], flags[at:behind], *head))
             first = last
         return reports
 

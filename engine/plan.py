@@ -103,8 +103,8 @@ class StepPlan:
 class RowReport(msgspec.Struct, frozen=True, gc=False):
     """What a step did to one row.
 
-    window, decided: ids and flags of the active block as decided, from the `start` that the step began with. The rest
-    in the order in which the device packs it (`stages.report`):
+    window, decided: ids of the active block as decided, from the `start` that the step began with, and a flag of 0 or
+    1 for each. The rest in the order in which the device packs it (`stages.report`):
     next_*: the row's new state and the span of its next whole step. segments: how many ran in this one.
     finish: 0 goes on, 1 a stop id ended it at `prefix` - 1, 2 max_tokens ended it.
     committed: positions decided in this step, `clean` of them by a clean row, the others for `REASONS[reason]`. edited:
@@ -112,7 +112,7 @@ class RowReport(msgspec.Struct, frozen=True, gc=False):
     """
 
     window: Items[int]
-    decided: list[bool]
+    decided: bytes
     next_start: int
     next_final_len: int
     next_step: int

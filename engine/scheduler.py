@@ -18,7 +18,7 @@ from operator import attrgetter
 from .cache.holdings import Holdings, slot_of
 from .cache.pages import OutOfPages, PagePool
 from .cache.prefix import PrefixCache
-from .counters import SchedulerCounters
+from .counters import Ran, SchedulerCounters
 from .forecast import Coming, first_draft_pays, forecast, known, shorten, what_ran
 from .plan import PageGrant, RowPlan, RowReport, StepPlan
 from .prices import marginal_cost, waiting_ms
@@ -61,6 +61,7 @@ class Scheduler:
         self._under_way: deque[dict[Sequence, RowPlan]] = deque()  # the rows of plans in their order, oldest first
         self._short = False  # of pages: somebody was left out of a plan made ahead
         self._step = 0
+        self._uncounted: list[Ran] | None = None  # of the last forward
         self._keeps: list[tuple[int, int]] = []
         self._forgets: list[int] = []
 
@@ -203,7 +204,9 @@ class Scheduler:
         sequences are released. now: seconds of the clock that times blocks.
         """
         planned = self._under_way.popleft() if self._under_way else {}
-        padding, ran = 0, []
+        self.count()
+        padding, moved = 0, []
+        ran: list[Ran] = []
         for (sequence, row), report in zip(planned.items(), reports, strict=True):
             if sequence.finish:
                 padding += row.positions
@@ -211,12 +214,21 @@ class Scheduler:
             took = what_ran(sequence, row, report.segments)
             if took is not row:
                 padding += row.positions - took.positions
-            ran.append((sequence, took, report))
+            # The device does not know who was aborted, or preempted.
+            holds = sequence.slot is not None
+            ran.append(Ran(sequence, took, report, sequence.clean, sequence.run_start, sequence.start, holds))
+            if holds:
+                moved.append((sequence, self._apply(sequence, took, report, now)))
         self.counters.padding_positions += padding
         if planned:
-            self.counters.count_forward(ran)
-        # The device does not know who was aborted, or preempted.
-        return [(s, self._apply(s, took, report, now)) for s, took, report in ran if s.slot is not None]
+            self._uncounted = ran
+        return moved
+
+    def count(self) -> None:
+        """Take what `update` saw into the counters. Apart from it, since a device may wait for the next plan."""
+        if self._uncounted is not None:
+            self.counters.count_forward(self._uncounted)
+            self._uncounted = None
 
     def retreat(self) -> list[Sequence]:
         """Undo the one plan under way, whose forward failed; returns its rows' sequences, in the order of arrival.
@@ -277,7 +289,9 @@ class Scheduler:
     def _apply(self, sequence: Sequence, ran: RowPlan, report: RowReport, now: float) -> list[int]:
         before, start = len(sequence.tokens), sequence.start
         sequence.forwards += 1
-        sequence.deciding += ran.targets > 0
+        if ran.targets:
+            sequence.deciding += 1
+            sequence.block_steps += 1
         sequence.positions += ran.positions
         new: list[int] = []
         if report.prefix > before:

@@ -44,7 +44,7 @@ class Sequence:
     final_len: int = 0
     step: int = 0
     window: Items[int] = ()
-    decided: list[bool] = field(default_factory=list)
+    decided: bytes = b""
     run_start: int = 0
     width: int = 0
     targets: int = 0
@@ -123,7 +123,7 @@ class Sequence:
             start=self.start,
             step=self.step,
             window=list(self.window),
-            decided=self.decided,
+            decided=[bool(flag) for flag in self.decided],
             choice=self.choice,
             sampling=self.request.sampling,
             decoding=self.request.decoding,

@@ -29,9 +29,8 @@ class StepClock:
         self._launched = time.perf_counter()
         self._gap = None if self._landed is None else self._launched - self._landed
 
-    def land(self, measured: tuple[float, float | None] | None = None) -> None:
-        """measured: seconds of the forward and of the gap before it, by the device's clock."""
-        now = time.perf_counter()
+    def land(self, now: float, measured: tuple[float, float | None] | None = None) -> None:
+        """now: when it did. measured: seconds of the forward and of the gap before it, by the device's clock."""
         forward, gap = measured or (now - self._launched, self._gap)
         self.forward_seconds.observe(forward)
         if gap is not None and self._landed is not None:

@@ -104,7 +104,7 @@ class CanvasCore:
         for kind, rows in self._forward_groups():
             self.clock.launch()
             fits = self._fits(kind, rows)
-            self.clock.land()
+            self.clock.land(time.perf_counter())
             if not fits:
                 break
         now = time.monotonic()

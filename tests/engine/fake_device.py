@@ -240,7 +240,7 @@ class FakeDevice:
             finish=finish,
             prefix=prefix,
             window=[0 if token is None else token for token in ids],
-            decided=decided,
+            decided=bytes(decided),
             next_start=row.start,
             next_final_len=row.final_len,
             next_step=row.step,

@@ -123,6 +123,7 @@ class Harness:
                 assert sequence not in self.aborted, "what was aborted does not end again"
                 self.ended.append(sequence)
                 assert not sequence.pages, "pages are free one step later"
+        scheduler.count()
         scheduler.check()
         for sequence in self.sequences:
             known = tokens[sequence]

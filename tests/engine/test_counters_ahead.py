@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_on_a_device_with_a_clock_gaps_are_its_own_and_idle_times_none() -> None
     for measured, busy in (((0.01, None), True), ((0.02, 0.5), False), ((0.04, 99.0), True), ((0.08, 0.25), False)):
         clock.begin()
         clock.launch()
-        clock.land(measured)
+        clock.land(time.perf_counter(), measured)
         clock.end(busy)
     assert clock.forward_seconds.snapshot().total == pytest.approx(0.15)
     assert observed(clock.forward_seconds.snapshot()) == 4
