@@ -14,8 +14,9 @@ from .norm import silu_and_mul
 MOST_ROWS = 32
 # Features of a tile of the Triton kernel.
 TILE = 64
-# Inner size from which two programs share a tile.
-_LONG = 8192
+# Inner sizes of products of few tiles: between the first two, three programs share a tile where there are processors
+# for all of them, and beyond the last one two.
+_DEEP, _SHORT, _LONG = 3072, 4096, 8192
 # More would not leave room for the weights on their way.
 _RANKS = (64, 128)
 
@@ -96,10 +97,23 @@ def is_faster(rows: int, weight: Tensor, processors: int) -> bool:
     if not 0 < rows <= MOST_ROWS or inner % 128 or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
     tiles = features // TILE
-    alone = 32 <= tiles <= 3 * processors // 5 and inner >= 3072 and inner % 256 == 0
-    return tiles >= 2 * processors or (alone and (inner <= 4096 or is_shared(tiles, inner, processors)))
+    alone = 32 <= tiles <= 3 * processors // 5 and inner >= _DEEP and inner % 256 == 0
+    return tiles >= 2 * processors or (alone and (inner <= _SHORT or sharers(tiles, inner, processors) > 1))
 
 
-def is_shared(tiles: int, inner: int, processors: int) -> bool:
-    """Whether two programs of the Triton kernel make each tile of so long a product."""
-    return inner >= _LONG and 2 * tiles <= processors
+def is_worth_sending(rows: int, weight: Tensor, processors: int) -> bool:
+    """Whether the Triton kernel, which sends a rank's part of a sum from within the product, is as fast as another one
+    with the sending behind it: also where it is not faster by itself, of tiles that have a processor each."""
+    features, inner = weight.shape
+    if not 0 < rows <= MOST_ROWS or inner % 256 or weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    tiles, odd = divmod(features, TILE)
+    return not odd and 32 <= tiles <= processors and (inner <= _SHORT or sharers(tiles, inner, processors) > 1)
+
+
+def sharers(tiles: int, inner: int, processors: int) -> int:
+    """Programs of the Triton kernel that make each tile of a product of few tiles."""
+    if inner >= _LONG and 2 * tiles <= processors:
+        return 2
+    # Half of a 7B's queries, keys and values are 36 tiles, which leave three processors of four without work.
+    return 3 if _DEEP <= inner <= _SHORT and 3 * tiles <= processors else 1

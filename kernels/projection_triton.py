@@ -8,6 +8,9 @@ it won: only long products of few tiles, which leave processors without work, ar
 A low-rank update comes in the same launch: the first programs make the way down, in less time than the others take for
 their own features; these wait for it before they store. Every number carries the turn of its launch in the same 64-bit
 word, so that there is nothing to set back and no fence (as in the protocol "LL" of NCCL).
+
+Where the product is a rank's part of a sum, it is written into the memory of the other ranks as well, tile by tile
+(`letters_triton.py`): on its way while other tiles are still made, and before the kernel that sums has begun.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -20,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .letters_triton import Letters, post, word_of
 from .overlap_triton import follow, overlap
-from .projection import MOST_ROWS, TILE, LowRank, is_shared
+from .projection import MOST_ROWS, TILE, LowRank, sharers
 from .sizes import ceil_div, power_of_2
 
 # Programs that share a tile of the way down.
@@ -33,14 +37,15 @@ _MOST_SHARING = 512
 @triton.jit(do_not_specialize=["tokens"])
 def _projection_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr, up_ptr, gated_ptr, hidden_ptr, turn_ptr,
-    tokens, features, inner, x_row,
+    turns_ptr, address_ptr, tokens, features, inner, x_row,
     BIAS: tl.constexpr, ACTIVATE: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, DOWN_PARTS: tl.constexpr,
     ALONE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, SENDER: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Grid (RANK / BLOCK_N * DOWN_PARTS + tiles of features * PARTS). x: [tokens, inner]; weight: [features + RANK,
     inner]; out: [tokens, features], or half of them: then half of a tile are gates, half of it the values that these
-    are for. part: [programs, BLOCK_N, TOKENS] float32; arrived: [tiles] zeros, and is left so."""
+    are for. part: [programs, BLOCK_N, TOKENS] float32; arrived: [tiles] zeros, and is left so. turns, address, SENDER,
+    RANKS (0: it is not sent), ROWS, ROW: of the letters."""
     DOWN: tl.constexpr = RANK // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
     program = tl.program_id(0)
@@ -76,6 +81,8 @@ def _projection_kernel(
     at = weight_ptr + tl.minimum(feature, last)[:, None].to(tl.int64) * inner + column[None, :]
     if RANK > 0:
         turn = tl.load(turn_ptr + DOWN + tile) + 1
+    if RANKS > 0:
+        sum_turn = tl.load(turns_ptr + token, token < tokens, other=0) + 1
     begin, end = 0, inner
     if PARTS > 1 or RANK > 0:
         each = tl.cdiv(tl.cdiv(inner, BLOCK_K), parts) * BLOCK_K
@@ -137,12 +144,27 @@ def _projection_kernel(
             else:
                 place = out_ptr + token[None, :].to(tl.int64) * features + feature[:, None]
                 tl.store(place, acc.to(dtype), inside[:, None] & (token < tokens)[None, :])
+                if RANKS > 0:
+                    even, odd = tl.split(tl.permute(tl.reshape(acc, [HALF, 2, TOKENS]), [0, 2, 1]))
+                    word = word_of(even, odd, True, dtype)
+                    of_row = token[None, :] + tl.zeros_like(word)
+                    nth = (tile * HALF + tl.arange(0, HALF))[:, None] + tl.zeros_like(word)
+                    post(
+                        word, sum_turn[None, :] + tl.zeros_like(word), of_row, nth,
+                        (nth < features // 2) & (of_row < tokens), address_ptr, SENDER, RANKS, ROWS, ROW, not WIDE,
+                    )  # fmt: skip
 
 
 def triton_projection(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, gated: Tensor | None, activate: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank: LowRank | None = None,
+    gated: Tensor | None = None,
+    activate: bool = False,
+    letters: Letters | None = None,
 ) -> Tensor:
-    """`projection.project`."""
+    """`projection.project`. letters: to send the other ranks the result by, an even number of features of 16 bits."""
     tokens, inner = x.shape
     rank = 0 if low_rank is None else low_rank.rank
     features = weight.shape[0] - rank
@@ -162,20 +184,27 @@ def triton_projection(
     alone = tiles <= 256 and inner % 256 == 0 and x.element_size() == 2
     block_k, num_stages = (256, 4) if alone else (128, 3)
     parts, partial, arrived = 1, x, x
-    if alone and tokens <= MOST_ROWS and is_shared(tiles, inner, _processors(x.device)):
-        parts = 2
+    if alone and tokens <= MOST_ROWS:
+        parts = sharers(tiles, inner, _processors(x.device))
     if parts > 1 or down:
         partial, arrived = scratch(x.device)
     update = (x,) * 4
     if low_rank is not None:
         assert gated is not None
         update = low_rank.up, gated.contiguous().view(torch.uint8), low_rank.hidden, low_rank.turns
+    sending = {"SENDER": 0, "RANKS": 0, "ROWS": 0, "ROW": 0}
+    if letters is not None:
+        if activate or features % 2 or out.dtype.itemsize != 2 or not letters.take(out):
+            raise ValueError(f"{tokens} rows of {features} features are not sent by these letters")
+        sending = {"SENDER": letters.rank, "RANKS": letters.ranks, "ROWS": letters.rows, "ROW": letters.words}
+    turns, addresses = (x, x) if letters is None else (letters.turns, letters.addresses)
     _projection_kernel[(down + tiles * parts,)](
-        x, weight, x if bias is None else bias, out, partial, arrived, *update, tokens, features, inner, x.stride(0),
+        x, weight, x if bias is None else bias, out, partial, arrived, *update, turns, addresses,
+        tokens, features, inner, x.stride(0),
         BIAS=bias is not None, ACTIVATE=activate, RANK=rank, PARTS=parts, DOWN_PARTS=_DOWN_PARTS, ALONE=alone,
         TOKENS=max(16, power_of_2(tokens)), BLOCK_N=TILE, BLOCK_K=block_k,
         WIDE=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
-        num_warps=4, num_stages=num_stages, **overlap(x.device, tokens),
+        num_warps=4, num_stages=num_stages, **sending, **overlap(x.device, tokens),
     )  # fmt: skip
     return out
 

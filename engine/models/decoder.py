@@ -44,6 +44,13 @@ class Layer:
     down: Projection | None
     moe: MoeMlp | None = None
 
+    @property
+    def last(self) -> Projection:
+        """What ends it: the way down, or the experts as a whole."""
+        last = self.down or self.moe
+        assert last is not None
+        return last
+
 
 @dataclass
 class KVCache:
@@ -213,21 +220,24 @@ class Decoder:
                 q = q * self.query_scale.index_select(0, positions)
             attended = staircase_attention(q, keys, values, layout, self.scale, backend=self.backend, flash=self.flash)
             attended = attended.reshape(attended.shape[0], -1)
-            x, residual = self._add_and_norm(_project(layer.output, attended, gate), residual, layer.post_norm)
-            if layer.gate_up is not None and layer.down is not None:
+            x, residual = self._sum_and_norm(layer.output, attended, gate, residual, layer.post_norm)
+            if layer.gate_up is not None:
                 up = layer.gate_up
                 x = up.activated(x, gate) if isinstance(up, Adapter) else activated(up, x, self.backend)
-                x = _project(layer.down, x, gate)
-            elif layer.moe is not None:
-                x = layer.moe(x)
             if index + 1 < len(self.layers):
-                x, residual = self._add_and_norm(x, residual, self.layers[index + 1].input_norm)
-        return self.ranks.sum(x) + residual
+                x, residual = self._sum_and_norm(layer.last, x, gate, residual, self.layers[index + 1].input_norm)
+        return self.ranks.sum(_project(layer.last, x, gate)) + residual
 
-    def _add_and_norm(self, part: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What a rank has of a layer's output, joined with the others' and the residual: the norm of it, and itself."""
-        eps = self.backbone.norm_eps
-        return self.ranks.sum_and_norm(part, residual, weight, eps, self.fused_norm, self.backend)
+    def _sum_and_norm(
+        self, product: Projection, x: Tensor, gate: Gate | None, residual: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a product gives, summed with the other ranks' and the residual: the norm of it, and itself."""
+        eps, fused, backend = self.backbone.norm_eps, self.fused_norm, self.backend
+        letters = self.ranks.letters(residual, backend)
+        if letters is not None and isinstance(product, FewRowsLinear) and product.takes_letters(x):
+            part = product.sent(x, letters)
+            return self.ranks.sum_and_norm(part, residual, weight, eps, fused, backend, sent=True)
+        return self.ranks.sum_and_norm(_project(product, x, gate), residual, weight, eps, fused, backend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] before the final norm -> [rows, width of the share] in the model's dtype."""

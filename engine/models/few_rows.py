@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from linocut.kernels.norm import silu_and_mul
-from linocut.kernels.projection import LowRank, is_faster, project, reserve
+from linocut.kernels.projection import LowRank, is_faster, is_worth_sending, project, reserve
 
 from .linear import DenseLinear
+
+if TYPE_CHECKING:
+    from linocut.kernels.letters_triton import Letters
 
 
 class FewRowsLinear(DenseLinear):
@@ -42,6 +47,16 @@ class FewRowsLinear(DenseLinear):
     def updated(self, x: Tensor, low_rank: LowRank, gated: Tensor, activate: bool) -> Tensor:
         """With a low-rank update, whose way down are the last rows of the weight (`project`)."""
         return project(x, self._weight, self._bias, low_rank=low_rank, gated=gated, activate=activate, backend="triton")
+
+    def takes_letters(self, x: Tensor) -> bool:
+        """Whether `sent` is for so many rows."""
+        return is_worth_sending(x.shape[0], self._weight, self._processors)
+
+    def sent(self, x: Tensor, letters: Letters) -> Tensor:
+        """[rows, in] -> [rows, out]: this rank's part of a sum, written into the other ranks' memory, too."""
+        from linocut.kernels.projection_triton import triton_projection
+
+        return triton_projection(x, self._weight, self._bias, letters=letters)
 
 
 def has_few_rows_kernel(device: torch.device) -> bool:

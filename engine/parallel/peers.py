@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import linear
 
 from linocut.kernels.norm import add_rms_norm
+from linocut.kernels.projection import MOST_ROWS
+
+from ..models.few_rows import FewRowsLinear, has_few_rows_kernel
 
 if TYPE_CHECKING:
-    from linocut.kernels.peer_norm_triton import Letters
+    from linocut.kernels.letters_triton import Letters
 
     from .ranks import Ranks
 
@@ -53,7 +57,7 @@ class PeerSums:
         self._letters = self._exchange(symmetric, device, size) if has_triton and size <= _RANKS else None
 
     def _exchange(self, symmetric: ModuleType, device: torch.device, size: int) -> Letters:
-        from linocut.kernels.peer_norm_triton import Letters
+        from linocut.kernels.letters_triton import Letters
 
         memory = symmetric.empty(2 * size * _ROWS * _WORDS, dtype=torch.int64, device=device)
         handle = symmetric.rendezvous(memory, dist.group.WORLD)
@@ -75,17 +79,18 @@ class PeerSums:
         total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", self._group)
         return total.view(x.shape)
 
-    def take_norm(self, x: Tensor) -> bool:
-        return self._letters is not None and self._letters.take(x)
+    def letters(self, like: Tensor) -> Letters | None:
+        """For parts of a sum of `like`'s shape and dtype, where there are such."""
+        return self._letters if self._letters is not None and self._letters.take(like) else None
 
     def sum_and_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool, sent: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """`Ranks.sum_and_norm` of rows that they `take_norm`."""
+        """`Ranks.sum_and_norm` of rows that there are `letters` for."""
         from linocut.kernels.peer_norm_triton import triton_peer_add_rms_norm
 
         assert self._letters is not None
-        return triton_peer_add_rms_norm(x, residual, weight, eps, fused, self._letters)
+        return triton_peer_add_rms_norm(x, residual, weight, eps, fused, self._letters, sent)
 
 
 def peer_sums(ranks: Ranks) -> PeerSums | None:
@@ -103,7 +108,7 @@ def peer_sums(ranks: Ranks) -> PeerSums | None:
         log.warning("sums over the GPUs are NCCL's, since these do not share memory: %s", str(error)[:300])
     if not ranks.least(found is not None) or found is None:
         return None
-    if not ranks.least(_sums_right(found, rank, device)):
+    if not ranks.least(_sums_right(found, rank, device) and _products_right(found, rank, device)):
         log.warning("sums over the GPUs are NCCL's, since a trial went wrong")
         return None
     return found
@@ -121,11 +126,31 @@ def _sums_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
             part, whole = x.to(dtype), expected.to(dtype)
             right &= (peers.sum(part) == whole).all()
             rows, whole = part.view(1 << turn % 4, -1), whole.view(1 << turn % 4, -1)
-            if peers.take_norm(rows):
+            if peers.letters(rows) is not None:
                 residual, weight = whole.flip(0).sub(30), whole[0].remainder(3).add(1)
                 torch.cuda.synchronize(device)  # the kernel expects weights that nobody writes any more
                 normed, total = peers.sum_and_norm(rows, residual, weight, 1e-6, False)
                 expected_norm, expected_total = add_rms_norm(whole, residual, weight, 1e-6, False)
                 right &= (total == expected_total).all()
                 right &= torch.isclose(normed, expected_norm, rtol=tolerance, atol=tolerance).all()
+    return bool(right)
+
+
+def _products_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
+    """Whether sums of products that send their result are NCCL's."""
+    right = torch.ones((), dtype=torch.bool, device=device)
+    # Each output is one of the inputs, so that all sums are exact.
+    weight = torch.eye(256, dtype=torch.bfloat16, device=device).repeat(8, 1)
+    residual, norm = weight.new_zeros(MOST_ROWS, len(weight)), weight.new_ones(len(weight))
+    for rows in (1, 3, MOST_ROWS) if has_few_rows_kernel(device) else ():
+        letters = peers.letters(residual[:rows])
+        if letters is None:
+            continue
+        x = torch.arange(rows * 256, device=device).add_(rank + rows).remainder_(61).view(rows, 256).bfloat16()
+        whole = linear(x, weight)
+        dist.all_reduce(whole)
+        torch.cuda.synchronize(device)
+        part = FewRowsLinear(weight, None).sent(x, letters)
+        _, total = peers.sum_and_norm(part, residual[:rows], norm, 1e-6, False, sent=True)
+        right &= (total == whole).all()
     return bool(right)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,9 @@ from linocut.kernels.backend import Backend
 from linocut.kernels.norm import add_rms_norm
 
 from .peers import PeerSums
+
+if TYPE_CHECKING:
+    from linocut.kernels.letters_triton import Letters
 
 # torch 2.13 renames it.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,12 +41,24 @@ class Ranks:
         dist.all_reduce(x)
         return x
 
+    def letters(self, like: Tensor, backend: Backend) -> Letters | None:
+        """What the others are sent parts of a sum by, [rows, size] as `like` is; None where it takes no letters."""
+        return self.peers.letters(like) if self.peers is not None and backend == "triton" else None
+
     def sum_and_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool, backend: Backend
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        fused: bool,
+        backend: Backend,
+        *,
+        sent: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """`add_rms_norm` of the sum over the ranks: x, residual: [rows, size]."""
-        if self.peers is not None and backend == "triton" and self.peers.take_norm(x):
-            return self.peers.sum_and_norm(x, residual, weight, eps, fused)
+        """`add_rms_norm` of the sum over the ranks: x, residual: [rows, size]. sent: by `letters`, to all others."""
+        if self.peers is not None and self.letters(x, backend) is not None:
+            return self.peers.sum_and_norm(x, residual, weight, eps, fused, sent)
         return add_rms_norm(self.sum(x), residual, weight, eps, fused, backend=backend)
 
     def gather(self, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from linocut.engine.models import few_rows
 from linocut.engine.models.adapter import Adapter, Gate, activated
+from linocut.engine.models.decoder import Decoder
 from linocut.engine.models.few_rows import FewRowsLinear
 from linocut.engine.models.linear import DenseLinear
-from linocut.kernels.norm import silu_and_mul
+from linocut.kernels.letters_triton import Letters
+from linocut.kernels.norm import add_rms_norm, silu_and_mul
 
 FEATURES, INNER, RANK, MOST = 96, 128, 64, 32
 
@@ -81,3 +85,38 @@ def test_other_backends_activate_as_well():
     expected = torch.nn.functional.linear(x, weight, added) + (x @ down.T @ up.T) * flags[:, None]
     found = adapter.activated(x, Gate(flags, torch.float32))
     torch.testing.assert_close(found, silu_and_mul(expected), rtol=1e-4, atol=1e-4)
+
+
+class _Ranks:
+    """Two of them, of which the other one adds nothing; notes what was sent."""
+
+    def __init__(self, letters):
+        self._letters, self.sums = letters, []
+
+    def letters(self, like, backend):
+        return self._letters
+
+    def sum_and_norm(self, x, residual, weight, eps, fused, backend, *, sent=False):
+        self.sums.append(sent)
+        return add_rms_norm(x, residual, weight, eps, fused)
+
+
+@pytest.mark.parametrize("kind", ["sent", "no letters", "not worth it", "an adapter"])
+def test_a_part_of_a_sum_is_sent_by_its_product_or_with_the_sum(monkeypatch, kind):
+    monkeypatch.setattr(few_rows, "is_worth_sending", lambda rows, weight, processors: kind != "not worth it")
+    weight, _, down, up = (matrix if matrix is None else matrix.half() for matrix in matrices(False))
+    addresses, memory = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2, 4, FEATURES // 2, dtype=torch.int64)
+    addresses[1] = memory.data_ptr()
+    letters = Letters(addresses, torch.zeros(4, dtype=torch.int32), 0, 2, 4, FEATURES // 2)
+    ranks = _Ranks(None if kind == "no letters" else letters)
+    layer = FewRowsLinear(weight, None)
+    product = Adapter(layer, down, up, "triton") if kind == "an adapter" else layer
+    decoder = SimpleNamespace(backbone=SimpleNamespace(norm_eps=1e-6), fused_norm=False, backend="triton", ranks=ranks)
+    x, residual = torch.randn(3, INNER).half(), torch.randn(3, FEATURES).half()
+    normed, total = Decoder._sum_and_norm(decoder, product, x, None, residual, torch.ones(FEATURES).half())
+    torch.testing.assert_close(total, residual + x @ weight.T, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(
+        normed, add_rms_norm(total, torch.zeros_like(total), torch.ones(FEATURES).half(), 1e-6, False)[0]
+    )
+    assert ranks.sums == [kind == "sent"]
+    assert bool(memory.any()) == (kind == "sent")

@@ -1,4 +1,4 @@
-"""The sum over ranks with its norm: ranks are processes here, and their memory is shared."""
+"""The sum over ranks with its norm, and products that send it: ranks are processes here, and their memory is shared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.nn.functional import linear
 
 from linocut.kernels.norm import add_rms_norm
 
@@ -23,7 +24,9 @@ def _rank(rank: int, memories: list[Tensor], kinds: list[tuple[torch.dtype, int]
     from linocut.kernels.interpreter import use_interpreter
 
     use_interpreter()
-    from linocut.kernels.peer_norm_triton import Letters, triton_peer_add_rms_norm
+    from linocut.kernels.letters_triton import Letters
+    from linocut.kernels.peer_norm_triton import triton_peer_add_rms_norm
+    from linocut.kernels.projection_triton import triton_projection
 
     addresses = torch.tensor([memory.data_ptr() for memory in memories])
     turns = torch.full((ROWS,), FIRST, dtype=torch.int32)
@@ -33,19 +36,30 @@ def _rank(rank: int, memories: list[Tensor], kinds: list[tuple[torch.dtype, int]
     for turn in range(TURNS):
         if late.random() < 0.2:
             time.sleep(0.02 * late.random())
-        parts, residual, weight = _case(turn, len(memories), *kinds[turn % len(kinds)])
-        assert letters.take(parts[rank])
-        out, total = triton_peer_add_rms_norm(parts[rank], residual, weight, 1e-6, turn % 2 == 0, letters)
+        factors, residual, weight = _case(turn, len(memories), *kinds[turn % len(kinds)])
+        sent = _is_sent(turn, rank, residual)
+        part = triton_projection(*factors[rank], None, letters=letters) if sent else linear(*factors[rank])
+        assert letters.take(part)
+        out, total = triton_peer_add_rms_norm(part, residual, weight, 1e-6, turn % 2 == 0, letters, sent)
         found.append((out.tolist(), total.tolist()))
     answers.put((rank, found))
 
 
-def _case(turn: int, ranks: int, dtype: torch.dtype, size: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Between one row and all that fit, so that rows come to different turns."""
+def _case(turn: int, ranks: int, dtype: torch.dtype, size: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """The factors of every rank's part, a residual and a norm's weight; between one row and all that fit, so that rows
+    come to different turns."""
     draw, rows = torch.Generator().manual_seed(turn), 1 + turn % ROWS
-    parts = [torch.randn(rows, size, generator=draw).to(dtype) for _ in range(ranks)]
+    factors = [
+        (torch.randn(rows, 128, generator=draw).to(dtype), torch.randn(size, 128, generator=draw).div(11).to(dtype))
+        for _ in range(ranks)
+    ]
     residual, weight = torch.randn(rows, size, generator=draw), torch.randn(size, generator=draw)
-    return parts, residual.to(dtype), weight.to(dtype)
+    return factors, residual.to(dtype), weight.to(dtype)
+
+
+def _is_sent(turn: int, rank: int, like: Tensor) -> bool:
+    """By the product; what one rank does is nothing to the others."""
+    return (turn + rank) % 3 > 0 and like.dtype.itemsize == 2
 
 
 @pytest.mark.parametrize(
@@ -77,15 +91,15 @@ def test_all_ranks_get_the_norm_of_the_sum(ranks: int, kinds: list[tuple[torch.d
             assert sorted(turns) == last, "a turn is not where the one before may still be read"
     for turn in range(TURNS):
         dtype, size = kinds[turn % len(kinds)]
-        parts, residual, weight = _case(turn, ranks, dtype, size)
-        whole = sum(part.float() for part in parts[1:]) + parts[0].float()
+        factors, residual, weight = _case(turn, ranks, dtype, size)
+        whole = sum(linear(*both).float() for both in factors)
         out, total = add_rms_norm(whole.to(dtype), residual, weight, 1e-6, turn % 2 == 0)
         for ours, expected in zip(found[0][turn], (out, total), strict=True):
             torch.testing.assert_close(torch.tensor(ours), expected.float(), rtol=tolerance, atol=tolerance)
 
 
 def test_rows_that_do_not_fit_are_not_taken():
-    from linocut.kernels.peer_norm_triton import Letters
+    from linocut.kernels.letters_triton import Letters
 
     letters = Letters(torch.zeros(2), torch.zeros(4), 0, 2, 4, 16)
     assert letters.take(torch.zeros(4, 16))

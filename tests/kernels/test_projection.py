@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from linocut.kernels.projection import MOST_ROWS, LowRank, is_faster, project
-from linocut.kernels.projection_triton import scratch
+from linocut.kernels.letters_triton import Letters
+from linocut.kernels.projection import MOST_ROWS, TILE, LowRank, is_faster, is_worth_sending, project, sharers
+from linocut.kernels.projection_triton import scratch, triton_projection
 
 
 def case(rows, features, inner, dtype=torch.float32, bias=False):
@@ -63,9 +64,9 @@ def test_an_update_comes_in_the_same_launch(dtype, activate, features, rank, bia
 
 
 @pytest.mark.parametrize("rank", [0, 64])
-@pytest.mark.parametrize("features", [320, 200])
-def test_programs_share_the_tiles_of_a_long_product(rank, features):
-    inner = 8192 + 256  # an odd number of steps
+@pytest.mark.parametrize(("features", "inner"), [(320, 8192 + 256), (200, 8192 + 256), (320, 3072 + 256), (200, 3072)])
+def test_programs_share_the_tiles_of_a_product_of_few(rank, features, inner):
+    assert sharers(-(-features // TILE), inner, 132) == (2 if inner > 8192 else 3)
     low_rank, gated = LowRank(torch.randn(features, rank).half() / 8) if rank else None, torch.arange(9) % 2 > 0
     for rows in (9, 3):
         x, weight, _ = case(rows, features + rank, inner, torch.float16)
@@ -145,3 +146,33 @@ def test_it_serves_where_it_measured_faster_and_nowhere_else():
     assert not faster(8, 3584, 1792), "half of the output"
     assert not faster(8, 49_152, 576), "an inner size that is no multiple of its step"
     assert not faster(8, 152_064, 3584, torch.float32)
+
+
+def test_parts_of_a_sum_are_sent_where_that_costs_no_more():
+    def worth(rows, features, inner, dtype=torch.bfloat16):
+        return is_worth_sending(rows, torch.empty(features, inner, dtype=dtype, device="meta"), 132)
+
+    assert worth(1, 3584, 1792), "half of the output, for which cuBLAS is as fast"
+    assert worth(32, 3584, 9472), "half of down"
+    assert not worth(33, 3584, 1792)
+    assert not worth(1, 3584, 6144), "too short to be shared, too long for one program"
+    assert not worth(1, 1536, 4096), "too few tiles"
+    assert not worth(1, 12_288, 4096), "more tiles than processors"
+    assert not worth(1, 3584, 1792 + 128), "an odd number of steps"
+    assert not worth(1, 3584 + 32, 1792), "half a tile"
+    assert not worth(1, 3584, 1792, torch.float32)
+    assert not worth(0, 3584, 1792)
+
+
+def test_what_letters_cannot_carry_is_refused():
+    letters = Letters(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), 0, 2, 2, 32)
+    for rows, features, dtype, activate in (
+        (3, 64, torch.float16, False),
+        (1, 66, torch.float16, False),
+        (1, 63, torch.float16, False),
+        (1, 32, torch.float32, False),
+        (1, 64, torch.float16, True),
+    ):
+        x, weight, _ = case(rows, features, 128, dtype)
+        with pytest.raises(ValueError, match=f"{rows} rows of {features} features"):
+            triton_projection(x, weight, None, activate=activate, letters=letters)
