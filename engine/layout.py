@@ -133,9 +133,9 @@ def lay_out(
     order: list[RowPlan] = []
     first = 0
     while first < len(rows):
-        strategy, last = rows[first].strategy, first + 1
-        while last < len(rows) and rows[last].strategy == strategy:
-            last += 1
+        strategy, last = rows[first].strategy, len(rows)
+        if rows[-1].strategy != strategy:  # as they seldom are
+            last = next(at for at in range(first, last) if rows[at].strategy != strategy)
         mine, cls = rows[first:last], classes[strategy]
         count = last - first if idle is None else _power(last - first)
         segments = max([row.segments for row in mine])
@@ -157,7 +157,10 @@ def lay_out(
             order += [RowPlan(idle(strategy), strategy, 0, 0, 0)] * (count - (last - first))
         first = last
 
-    lengths = [row.width + row.segments * row.segment for row in order]
+    scratch = any([group.segments for group in groups])
+    widths = lengths = [row.width for row in order]
+    if scratch:
+        lengths = [row.width + row.segments * row.segment for row in order]
     targets = [row.targets for row in order]
     query, visible = max(lengths), max([row.end for row in rows])
     wanted, logits = sum(lengths), sum(targets)
@@ -169,18 +172,16 @@ def lay_out(
 
     array = np.empty(array_size(shape), np.int32)
     table, rest = array[: 8 * len(order)].reshape(8, -1), array[8 * len(order) :]
-    table[:5] = [
-        [row.slot for row in order],
-        [row.width for row in order],
-        targets,
-        [row.segments for row in order],
-        [row.segment or 1 for row in order],
-    ]
+    table[:3] = [[row.slot for row in order], widths, targets]
+    table[3:5] = [[0], [1]]
+    if scratch:
+        table[3:5] = [[row.segments for row in order], [row.segment or 1 for row in order]]
     for group in groups:
         cls = classes[group.strategy]
         table[5:, group.first : group.last] = [[not cls.frontier], [cls.refeeds], [group.causal]]
     starts, rest = rest[: len(order) + 1], rest[len(order) + 1 :]
-    _fill_ragged(rest[: 2 * tokens].reshape(2, tokens), table[1] + table[3] * table[4], starts)
+    counts_of = table[1] + table[3] * table[4] if scratch else table[1]
+    _fill_ragged(rest[: 2 * tokens].reshape(2, tokens), counts_of, starts)
     _fill_ragged(rest[2 * tokens : -1].reshape(2, logits), table[2], np.empty_like(starts))
     rest[-1:].view(np.float32)[0] = row_cost
     return StepLayout(shape, array, wanted, counts, lengths)
@@ -192,9 +193,9 @@ def _fill_ragged(out: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> Non
     starts[0] = 0
     counts.cumsum(out=starts[1:])
     (row, place), total = out, int(starts[-1])
-    row[:total] = np.arange(len(counts)).repeat(counts)
+    row[:total] = np.arange(len(counts), dtype=np.int32).repeat(counts)
     row[total:] = len(counts) - 1
-    place[:total] = np.arange(total, dtype=np.int32) - starts[row[:total]]
+    np.subtract(np.arange(total, dtype=np.int32), starts[:-1].repeat(counts), out=place[:total])
     place[total:] = _BEYOND
 
 

@@ -29,8 +29,9 @@ _WARM_STEPS = 96
 class Steady:
     """Steps of an engine at a steady load.
 
-    step_ms: median time from one step's return to the next one's. device_ms: median on the device, from a launch's
-    first kernel to its last; gap_ms: median from there to the next launch's first kernel. Both None on the CPU.
+    step_ms: median time from one step's return to the next one's. device_ms: median on the device, from a launch, once
+    the host has laid the step out, to its last kernel; gap_ms: median from there to the next launch. Both None on the
+    CPU.
     positions: rows of a forward, on average, and padding: those beyond them that fill up a graph's size.
     tokens_per_forward: of a sequence. replays: share of the steps that replayed a graph.
     """
@@ -50,28 +51,29 @@ class Steady:
 
 
 class DeviceClock:
-    """Stands in for an engine's runner and notes when each launch begins and ends on the device, without waiting."""
+    """Stands in for an engine's runner and keeps its flights, which know when each began and ended on the device."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._flights: list[Flight] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
     def launch(self, *arguments: Any, **named: Any) -> Flight | None:
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
         flight = self._runner.launch(*arguments, **named)
-        last.record()
-        self._events.append((first, last))
+        if flight is not None:
+            self._flights.append(flight)
         return flight
 
     def times(self) -> tuple[list[float], list[float]]:
         """Milliseconds within and between the launches so far."""
         torch.cuda.synchronize(self._runner.state.device)
-        within = [first.elapsed_time(last) for first, last in self._events]
-        between = [one[1].elapsed_time(two[0]) for one, two in pairwise(self._events)]
+        within, between = [], []
+        for before, flight in zip([None, *self._flights], self._flights, strict=False):
+            took, gap = flight.times(before) or (None, None)
+            within += [took * 1e3] if took is not None else []
+            between += [gap * 1e3] if gap is not None else []
         return within, between
 
 
