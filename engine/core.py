@@ -41,7 +41,7 @@ class EngineCore:
         # else to do while it computes.
         self.overlapping = model.runner.state.device.type == "cuda"
         self._flights: deque[Flight] = deque()  # two at most
-        self._landed: list[tuple[Flight, float]] = []  # with the seconds of the clock then; not tallied yet
+        self._landed: tuple[Flight, float] | None = None  # not tallied yet, and the seconds of the clock then
         self._tallied: Flight | None = None
         self._moved: list[tuple[Sequence, list[int]]] = []
         self._shed: list[Sequence] = []  # ended because a forward of it alone does not fit the memory
@@ -117,7 +117,7 @@ class EngineCore:
             return
         flight = self._flights.popleft()
         reports = flight.land()
-        self._landed.append((flight, time.perf_counter()))
+        self._landed = flight, time.perf_counter()
         if self._pressure.succeed():
             self._bound_forwards()
         now = time.monotonic()
@@ -132,10 +132,10 @@ class EngineCore:
 
     def _tally(self) -> None:
         """Into the metrics with what has landed. After the launch of what follows, which may wait for the host."""
-        for flight, landed in self._landed:
+        if self._landed is not None:
+            flight, landed = self._landed
             self.clock.land(landed, flight.times(self._tallied))
-            self._tallied = flight
-        self._landed.clear()
+            self._landed, self._tallied = None, flight
         self.scheduler.count()
 
     def _note_started(self) -> None:

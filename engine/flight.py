@@ -40,7 +40,8 @@ class Flight:
         """Wait for the step; its reports in the order of the plan's rows."""
         if self._done is not None:
             self._done.synchronize()
-        numbers = self._packed.numpy()
+        # Copied at once: where a device has written, one read after the other takes several times as long.
+        numbers = self._packed.numpy().copy()
         reports: list[RowReport] = []
         first = 0
         for group, rows in zip(self._layout.shape.groups, self._layout.counts, strict=True):
@@ -56,12 +57,18 @@ class Flight:
             first = last
         return reports
 
+    @property
+    def events(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+        """Of a GPU's stream: at its launch, and at its end. None where only the host has a clock."""
+        return None if self._began is None or self._done is None else (self._began, self._done)
+
     def times(self, before: Flight | None) -> tuple[float, float | None] | None:
-        """Once it has landed: seconds that the device was at it, and seconds that it had nothing to do since the end of
-        `before`. None where only the host has a clock."""
-        if self._began is None or self._done is None:
+        """Once it has landed: seconds from its launch to its end on the device, and seconds that the device had nothing
+        to do before, since the end of `before`. None where only the host has a clock."""
+        if self.events is None:
             return None
+        began, ended = self.events
         gap = None
-        if before is not None and before._done is not None:
-            gap = max(before._done.elapsed_time(self._began), 0.0) * 1e-3
-        return self._began.elapsed_time(self._done) * 1e-3, gap
+        if before is not None and before.events is not None:
+            gap = max(before.events[1].elapsed_time(began), 0.0) * 1e-3
+        return began.elapsed_time(ended) * 1e-3, gap

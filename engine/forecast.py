@@ -242,7 +242,7 @@ def _finishing(sequence: Sequence) -> float:
     Of the steps that decide: one that has room for a commit alone would else speak against room for more.
     """
     decided = sequence.decided
-    left = decided.count(False) if decided else sequence.start + sequence.geometry.block - len(sequence.tokens)
+    left = decided.count(0) if decided else sequence.start + sequence.geometry.block - len(sequence.tokens)
     if left > sequence.targets:
         return 0.0
     made = len(sequence.tokens) - sequence.prompt_len + (len(decided) - left if decided else 0)

@@ -134,7 +134,7 @@ def lay_out(
     first = 0
     while first < len(rows):
         strategy, last = rows[first].strategy, len(rows)
-        if rows[-1].strategy != strategy:  # as they seldom are
+        if rows[-1].strategy != strategy:  # which stand together: seldom
             last = next(at for at in range(first, last) if rows[at].strategy != strategy)
         mine, cls = rows[first:last], classes[strategy]
         count = last - first if idle is None else _power(last - first)

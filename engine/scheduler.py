@@ -204,7 +204,7 @@ class Scheduler:
         sequences are released. now: seconds of the clock that times blocks.
         """
         planned = self._under_way.popleft() if self._under_way else {}
-        self.count()
+        self.count()  # for those who never ask for it
         padding, moved = 0, []
         ran: list[Ran] = []
         for (sequence, row), report in zip(planned.items(), reports, strict=True):

@@ -8,7 +8,8 @@ from .histogram import Histogram
 
 
 class StepClock:
-    """Used by a core around each step: `begin`, `launch`, `land`, `end`. Seconds of `time.perf_counter`.
+    """Used by a core around each step: `begin`, `launch`, `land`, `end`. Seconds of `time.perf_counter`. Behind a later
+    launch `land` needs what the device measured.
 
     The gap between two forwards is the time in which the device has nothing to do although there is work: from the end
     of one to the beginning of the next. Idle times are none.

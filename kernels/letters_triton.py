@@ -29,7 +29,7 @@ class Letters:
     programs that run all at once. words: of 32 bits, that a row may have, a power of two.
 
     Two halves are enough: a rank that writes turn n + 2 has been given the others' turn n + 1, which they write once
-    they are done with turn n.
+    they are done with turn n. So a product that writes (`projection_triton.py`) does so behind `follow`.
     """
 
     addresses: Tensor

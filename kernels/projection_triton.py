@@ -3,7 +3,7 @@
 The product is computed transposed, [features, inner] x [inner, tokens], so that the weights are the operand whose size
 fills the matrix unit and few tokens waste nothing of it. Of the programs that share a tile the last one to come adds up
 what all have, in their order. An even share of all tiles ("stream-K", Osama et al. 2023) lost more in the joining than
-it won: only long products of few tiles, which leave processors without work, are shared.
+it won: only products of few tiles, which leave processors without work, are shared.
 
 A low-rank update comes in the same launch: the first programs make the way down, in less time than the others take for
 their own features; these wait for it before they store. Every number carries the turn of its launch in the same 64-bit
@@ -37,15 +37,16 @@ _MOST_SHARING = 512
 @triton.jit(do_not_specialize=["tokens"])
 def _projection_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr, up_ptr, gated_ptr, hidden_ptr, turn_ptr,
-    turns_ptr, address_ptr, tokens, features, inner, x_row,
+    sum_turns_ptr, address_ptr, tokens, features, inner, x_row,
     BIAS: tl.constexpr, ACTIVATE: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, DOWN_PARTS: tl.constexpr,
     ALONE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
-    WIDE: tl.constexpr, SENDER: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
+    WIDE: tl.constexpr, WIRE: tl.constexpr, SENDER: tl.constexpr, PEERS: tl.constexpr, ROWS: tl.constexpr,
+    ROW: tl.constexpr,
 ):  # fmt: skip
     """Grid (RANK / BLOCK_N * DOWN_PARTS + tiles of features * PARTS). x: [tokens, inner]; weight: [features + RANK,
     inner]; out: [tokens, features], or half of them: then half of a tile are gates, half of it the values that these
-    are for. part: [programs, BLOCK_N, TOKENS] float32; arrived: [tiles] zeros, and is left so. turns, address, SENDER,
-    RANKS (0: it is not sent), ROWS, ROW: of the letters."""
+    are for. part: [programs, BLOCK_N, TOKENS] float32; arrived: [tiles] zeros, and is left so. sum_turns, address: of
+    the letters, as are SENDER, the rank, PEERS, the ranks (0: nothing is sent), ROWS and ROW."""
     DOWN: tl.constexpr = RANK // BLOCK_N
     HALF: tl.constexpr = BLOCK_N // 2
     program = tl.program_id(0)
@@ -81,8 +82,8 @@ def _projection_kernel(
     at = weight_ptr + tl.minimum(feature, last)[:, None].to(tl.int64) * inner + column[None, :]
     if RANK > 0:
         turn = tl.load(turn_ptr + DOWN + tile) + 1
-    if RANKS > 0:
-        sum_turn = tl.load(turns_ptr + token, token < tokens, other=0) + 1
+    if PEERS > 0:
+        sum_turn = tl.load(sum_turns_ptr + token, token < tokens, other=0) + 1
     begin, end = 0, inner
     if PARTS > 1 or RANK > 0:
         each = tl.cdiv(tl.cdiv(inner, BLOCK_K), parts) * BLOCK_K
@@ -144,14 +145,14 @@ def _projection_kernel(
             else:
                 place = out_ptr + token[None, :].to(tl.int64) * features + feature[:, None]
                 tl.store(place, acc.to(dtype), inside[:, None] & (token < tokens)[None, :])
-                if RANKS > 0:
+                if PEERS > 0:
                     even, odd = tl.split(tl.permute(tl.reshape(acc, [HALF, 2, TOKENS]), [0, 2, 1]))
                     word = word_of(even, odd, True, dtype)
                     of_row = token[None, :] + tl.zeros_like(word)
                     nth = (tile * HALF + tl.arange(0, HALF))[:, None] + tl.zeros_like(word)
                     post(
                         word, sum_turn[None, :] + tl.zeros_like(word), of_row, nth,
-                        (nth < features // 2) & (of_row < tokens), address_ptr, SENDER, RANKS, ROWS, ROW, not WIDE,
+                        (nth < features // 2) & (of_row < tokens), address_ptr, SENDER, PEERS, ROWS, ROW, WIRE,
                     )  # fmt: skip
 
 
@@ -192,11 +193,11 @@ def triton_projection(
     if low_rank is not None:
         assert gated is not None
         update = low_rank.up, gated.contiguous().view(torch.uint8), low_rank.hidden, low_rank.turns
-    sending = {"SENDER": 0, "RANKS": 0, "ROWS": 0, "ROW": 0}
+    sending = {"SENDER": 0, "PEERS": 0, "ROWS": 0, "ROW": 0}
     if letters is not None:
         if activate or features % 2 or out.dtype.itemsize != 2 or not letters.take(out):
             raise ValueError(f"{tokens} rows of {features} features are not sent by these letters")
-        sending = {"SENDER": letters.rank, "RANKS": letters.ranks, "ROWS": letters.rows, "ROW": letters.words}
+        sending = {"SENDER": letters.rank, "PEERS": letters.ranks, "ROWS": letters.rows, "ROW": letters.words}
     turns, addresses = (x, x) if letters is None else (letters.turns, letters.addresses)
     _projection_kernel[(down + tiles * parts,)](
         x, weight, x if bias is None else bias, out, partial, arrived, *update, turns, addresses,
@@ -204,6 +205,7 @@ def triton_projection(
         BIAS=bias is not None, ACTIVATE=activate, RANK=rank, PARTS=parts, DOWN_PARTS=_DOWN_PARTS, ALONE=alone,
         TOKENS=max(16, power_of_2(tokens)), BLOCK_N=TILE, BLOCK_K=block_k,
         WIDE=triton.knobs.runtime.interpret,  # the interpreter's bfloat16 products are wrong
+        WIRE=not triton.knobs.runtime.interpret,
         num_warps=4, num_stages=num_stages, **sending, **overlap(x.device, tokens),
     )  # fmt: skip
     return out

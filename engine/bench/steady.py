@@ -51,29 +51,26 @@ class Steady:
 
 
 class DeviceClock:
-    """Stands in for an engine's runner and keeps its flights, which know when each began and ended on the device."""
+    """Stands in for an engine's runner and notes when each launch begins and ends on the device, without waiting."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._flights: list[Flight] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
     def launch(self, *arguments: Any, **named: Any) -> Flight | None:
         flight = self._runner.launch(*arguments, **named)
-        if flight is not None:
-            self._flights.append(flight)
+        if flight is not None and flight.events is not None:
+            self._events.append(flight.events)
         return flight
 
     def times(self) -> tuple[list[float], list[float]]:
         """Milliseconds within and between the launches so far."""
         torch.cuda.synchronize(self._runner.state.device)
-        within, between = [], []
-        for before, flight in zip([None, *self._flights], self._flights, strict=False):
-            took, gap = flight.times(before) or (None, None)
-            within += [took * 1e3] if took is not None else []
-            between += [gap * 1e3] if gap is not None else []
+        within = [began.elapsed_time(ended) for began, ended in self._events]
+        between = [one[1].elapsed_time(two[0]) for one, two in pairwise(self._events)]
         return within, between
 
 

@@ -108,9 +108,11 @@ def peer_sums(ranks: Ranks) -> PeerSums | None:
         log.warning("sums over the GPUs are NCCL's, since these do not share memory: %s", str(error)[:300])
     if not ranks.least(found is not None) or found is None:
         return None
-    if not ranks.least(_sums_right(found, rank, device) and _products_right(found, rank, device)):
-        log.warning("sums over the GPUs are NCCL's, since a trial went wrong")
-        return None
+    # A vote behind each: all ranks take part in a trial, or none does.
+    for trial in (_sums_right, _products_right):
+        if not ranks.least(trial(found, rank, device)):
+            log.warning("sums over the GPUs are NCCL's, since a trial went wrong")
+            return None
     return found
 
 
@@ -137,20 +139,24 @@ def _sums_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
 
 
 def _products_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
-    """Whether sums of products that send their result are NCCL's."""
+    """Whether sums of products that send their result are NCCL's, of tiles of one program and of shared ones."""
     right = torch.ones((), dtype=torch.bool, device=device)
     # Each output is one of the inputs, so that all sums are exact.
-    weight = torch.eye(256, dtype=torch.bfloat16, device=device).repeat(8, 1)
-    residual, norm = weight.new_zeros(MOST_ROWS, len(weight)), weight.new_ones(len(weight))
-    for rows in (1, 3, MOST_ROWS) if has_few_rows_kernel(device) else ():
-        letters = peers.letters(residual[:rows])
-        if letters is None:
-            continue
-        x = torch.arange(rows * 256, device=device).add_(rank + rows).remainder_(61).view(rows, 256).bfloat16()
-        whole = linear(x, weight)
-        dist.all_reduce(whole)
-        torch.cuda.synchronize(device)
-        part = FewRowsLinear(weight, None).sent(x, letters)
-        _, total = peers.sum_and_norm(part, residual[:rows], norm, 1e-6, False, sent=True)
-        right &= (total == whole).all()
+    some = torch.eye(256, dtype=torch.bfloat16, device=device).repeat(8, 1)
+    residual, norm = some.new_zeros(MOST_ROWS, len(some)), some.new_ones(len(some))
+    for weight in (some, some.repeat(1, 33)) if has_few_rows_kernel(device) else ():
+        product = FewRowsLinear(weight, None)
+        for rows in (1, 3, MOST_ROWS):
+            letters = peers.letters(residual[:rows])
+            if letters is None:
+                continue
+            x = some.new_zeros(rows, weight.shape[1] // 256, 256)
+            numbers = torch.arange(rows * 256, device=device).add_(rank + rows).remainder_(61)
+            x[:, rows % x.shape[1]] = numbers.view(rows, 256)
+            whole = linear(x.view(rows, -1), weight)
+            dist.all_reduce(whole)
+            torch.cuda.synchronize(device)
+            part = product.sent(x.view(rows, -1), letters)
+            _, total = peers.sum_and_norm(part, residual[:rows], norm, 1e-6, False, sent=True)
+            right &= (total == whole).all()
     return bool(right)

@@ -59,6 +59,7 @@ class Ranks:
         """`add_rms_norm` of the sum over the ranks: x, residual: [rows, size]. sent: by `letters`, to all others."""
         if self.peers is not None and self.letters(x, backend) is not None:
             return self.peers.sum_and_norm(x, residual, weight, eps, fused, sent)
+        assert not sent, "what was sent waits to be read"
         return add_rms_norm(self.sum(x), residual, weight, eps, fused, backend=backend)
 
     def gather(self, x: Tensor) -> Tensor:

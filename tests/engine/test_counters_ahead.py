@@ -16,8 +16,10 @@ from tiny_engines import FAMILIES, assert_empty, engine, prompt_of, request, run
 
 from linocut.engine import forecast
 from linocut.engine.core import EngineCore
+from linocut.engine.flight import Flight
 from linocut.engine.histogram import Distribution
 from linocut.engine.messages import Abort
+from linocut.engine.plan import StepPlan
 from linocut.engine.step_clock import StepClock
 
 # `candidates` are counted as segments of full length, though some branches are shorter.
@@ -161,3 +163,26 @@ def test_on_a_device_with_a_clock_gaps_are_its_own_and_idle_times_none() -> None
     assert observed(clock.forward_seconds.snapshot()) == 4
     gaps = clock.host_gap_seconds.snapshot()
     assert (gaps.total, observed(gaps)) == (0.75, 2)
+
+
+def test_what_has_landed_is_counted_once_the_device_has_work_again() -> None:
+    core = engine("sdar")
+    core.overlapping = True
+    real, seen = core.runner.launch, []
+
+    def launch(plan: StepPlan) -> Flight | None:
+        counted = sum(core.stats().forwards_by_kind.values())
+        seen.append(("launch", counted, observed(core.clock.forward_seconds.snapshot())))
+        return real(plan)
+
+    core.runner.launch = launch  # type: ignore[method-assign]
+    core.scheduler.schedule_ahead = lambda: None  # type: ignore[method-assign]
+    core.add(request(core, "a", prompt_of(9), 6, {"strategy": "static"}))
+    steps = 0
+    while core.busy:
+        core.step()
+        steps += 1
+        assert sum(core.stats().forwards_by_kind.values()) == steps
+        assert observed(core.clock.forward_seconds.snapshot()) == steps
+    # The first step launches two: the second one behind the landing of the first, which it does not wait to count.
+    assert seen == [("launch", max(nth - 1, 0), max(nth - 1, 0)) for nth in range(steps)]

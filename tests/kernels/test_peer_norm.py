@@ -38,21 +38,24 @@ def _rank(rank: int, memories: list[Tensor], kinds: list[tuple[torch.dtype, int]
             time.sleep(0.02 * late.random())
         factors, residual, weight = _case(turn, len(memories), *kinds[turn % len(kinds)])
         sent = _is_sent(turn, rank, residual)
-        part = triton_projection(*factors[rank], None, letters=letters) if sent else linear(*factors[rank])
+        part = triton_projection(*factors[rank], letters=letters) if sent else linear(*factors[rank])
         assert letters.take(part)
         out, total = triton_peer_add_rms_norm(part, residual, weight, 1e-6, turn % 2 == 0, letters, sent)
         found.append((out.tolist(), total.tolist()))
     answers.put((rank, found))
 
 
-def _case(turn: int, ranks: int, dtype: torch.dtype, size: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """The factors of every rank's part, a residual and a norm's weight; between one row and all that fit, so that rows
-    come to different turns."""
-    draw, rows = torch.Generator().manual_seed(turn), 1 + turn % ROWS
-    factors = [
-        (torch.randn(rows, 128, generator=draw).to(dtype), torch.randn(size, 128, generator=draw).div(11).to(dtype))
-        for _ in range(ranks)
-    ]
+Factors = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _case(turn: int, ranks: int, dtype: torch.dtype, size: int) -> tuple[list[Factors], Tensor, Tensor]:
+    """The factors of every rank's part, of which the first has a bias, a residual and a norm's weight. Between one row
+    and all that fit, so that rows come to different turns; some products are long, of tiles that programs share."""
+    draw, rows, inner = torch.Generator().manual_seed(turn), 1 + turn % ROWS, 3328 if turn % 7 == 1 else 128
+    factors: list[Factors] = []
+    for rank in range(ranks):
+        x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((rows, inner), (size, inner), (size,)))
+        factors.append((x.to(dtype), (weight / inner**0.5).to(dtype), None if rank else bias.to(dtype)))
     residual, weight = torch.randn(rows, size, generator=draw), torch.randn(size, generator=draw)
     return factors, residual.to(dtype), weight.to(dtype)
 
@@ -92,7 +95,7 @@ def test_all_ranks_get_the_norm_of_the_sum(ranks: int, kinds: list[tuple[torch.d
     for turn in range(TURNS):
         dtype, size = kinds[turn % len(kinds)]
         factors, residual, weight = _case(turn, ranks, dtype, size)
-        whole = sum(linear(*both).float() for both in factors)
+        whole = sum(linear(*own).float() for own in factors)
         out, total = add_rms_norm(whole.to(dtype), residual, weight, 1e-6, turn % 2 == 0)
         for ours, expected in zip(found[0][turn], (out, total), strict=True):
             torch.testing.assert_close(torch.tensor(ours), expected.float(), rtol=tolerance, atol=tolerance)
