@@ -134,7 +134,8 @@ def lay_out(
     first = 0
     while first < len(rows):
         strategy, last = rows[first].strategy, len(rows)
-        if rows[-1].strategy != strategy:  # which stand together: seldom
+        # Those of one strategy stand together, and mostly there is but one.
+        if rows[-1].strategy != strategy:
             last = next(at for at in range(first, last) if rows[at].strategy != strategy)
         mine, cls = rows[first:last], classes[strategy]
         count = last - first if idle is None else _power(last - first)

@@ -151,8 +151,7 @@ class ModelRunner:
     def _lay_out(self, plan: StepPlan) -> StepLayout:
         slots = [row.slot for row in plan.rows]
         # By identity: most rows' flags are one object, and its hash costs more than all else here.
-        flags = list(map(self._flags.__getitem__, slots))
-        different = dict(zip(map(id, flags), flags, strict=True))
+        different = {id(own): own for own in map(self._flags.__getitem__, slots)}
         # Larger forwards are prefill: there the device is the slower side anyway, and padding would cost.
         small = sum([row.width + row.segments * row.segment for row in plan.rows]) <= self._most
         return lay_out(

@@ -176,6 +176,13 @@ def product_checks(device: str, quick: bool) -> Iterator[Outcome]:
             label = f"few-row product, {rows} rows, {dtype}"
             yield Outcome(label, difference(found, expected), EXPERT_TOLERANCE[dtype])
     for dtype in HALVES:  # other products are not this kernel's
+        for features, inner in ((136, 3072), (136, 8192)) if quick else ((2304, 3584), (3584, 9472)):
+            x = torch.randn(32, inner, device=device).to(dtype)
+            weight = (torch.randn(features, inner, device=device) * inner**-0.5).to(dtype)
+            for rows in (32,) if quick else (1, 32):
+                found, expected = (project(x[:rows], weight, backend=backend) for backend in BACKENDS)
+                label = f"product of shared tiles, {rows} rows, {features} of {inner}, {dtype}"
+                yield Outcome(label, difference(found, expected), EXPERT_TOLERANCE[dtype])
         for features, inner in ((72, 256),) if quick else ((3600, 3584), (3584, 18_944)):
             yield from _update_checks(device, dtype, features, inner, 64 if quick else 128, 4 if quick else 48)
 

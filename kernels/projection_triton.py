@@ -165,7 +165,8 @@ def triton_projection(
     activate: bool = False,
     letters: Letters | None = None,
 ) -> Tensor:
-    """`projection.project`. letters: to send the other ranks the result by, an even number of features of 16 bits."""
+    """`projection.project`. letters: to send the other ranks a plain product by, an even number of features of 16
+    bits."""
     tokens, inner = x.shape
     rank = 0 if low_rank is None else low_rank.rank
     features = weight.shape[0] - rank
@@ -195,7 +196,8 @@ def triton_projection(
         update = low_rank.up, gated.contiguous().view(torch.uint8), low_rank.hidden, low_rank.turns
     sending = {"SENDER": 0, "PEERS": 0, "ROWS": 0, "ROW": 0}
     if letters is not None:
-        if activate or features % 2 or out.dtype.itemsize != 2 or not letters.take(out):
+        plain = low_rank is None and not activate
+        if not plain or features % 2 or out.dtype.itemsize != 2 or not letters.take(out):
             raise ValueError(f"{tokens} rows of {features} features are not sent by these letters")
         sending = {"SENDER": letters.rank, "PEERS": letters.ranks, "ROWS": letters.rows, "ROW": letters.words}
     turns, addresses = (x, x) if letters is None else (letters.turns, letters.addresses)

@@ -139,12 +139,12 @@ def _sums_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
 
 
 def _products_right(peers: PeerSums, rank: int, device: torch.device) -> bool:
-    """Whether sums of products that send their result are NCCL's, of tiles of one program and of shared ones."""
+    """Whether sums of products that send their result are NCCL's, of tiles of one program, of three and of two."""
     right = torch.ones((), dtype=torch.bool, device=device)
     # Each output is one of the inputs, so that all sums are exact.
     some = torch.eye(256, dtype=torch.bfloat16, device=device).repeat(8, 1)
     residual, norm = some.new_zeros(MOST_ROWS, len(some)), some.new_ones(len(some))
-    for weight in (some, some.repeat(1, 33)) if has_few_rows_kernel(device) else ():
+    for weight in (some, some.repeat(1, 12), some.repeat(1, 33)) if has_few_rows_kernel(device) else ():
         product = FewRowsLinear(weight, None)
         for rows in (1, 3, MOST_ROWS):
             letters = peers.letters(residual[:rows])
